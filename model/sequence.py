@@ -6,7 +6,8 @@ one meaning for attention, scan and n-gram memory alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class SequenceContext:
     valid_mask: (B, T) bool or None; False = padding, which may neither be attended nor scanned.
     document_ids: (B, T) int64 or None; running count of resets, set when reset_mask is given.
     use_cache: whether mixers return a state that continues the rows.
+    cache: tables that blocks derive from the fields above (RoPE, attention masks), kept for the
+        length of this forward so that they are built once and not once per layer.
     """
 
     positions: Tensor
@@ -30,6 +33,7 @@ class SequenceContext:
     valid_mask: Tensor | None = None
     document_ids: Tensor | None = None
     use_cache: bool = False
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def create(

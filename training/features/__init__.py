@@ -1,0 +1,8 @@
+"""The ordered tuple of all features: position is the order in every phase."""
+
+from training.features.base import Feature
+from training.features.curriculum import CurriculumFeature
+from training.features.diff_mla import DiffMlaFeature
+from training.features.ema import EmaFeature
+
+FEATURES: tuple[type[Feature], ...] = (CurriculumFeature, DiffMlaFeature, EmaFeature)

@@ -1,0 +1,329 @@
+"""Ternary (1.58-bit) linear layers with straight-through gradients.
+
+Weights are latent full-precision matrices; every forward rounds them to {-1, 0, 1} times one scale
+per group and rounds activations to int8 per token, so that the trained function is the one a packed
+model computes. Nothing is cached between forwards: ternarising costs a few passes over the weight,
+and no cache key sees writes through `.data`.
+
+In fp32 the product uses the dequantised values and both roundings are identity-gradient functions
+in front of an ordinary matrix product: the elementwise passes cost about 3 % of the three products.
+In bf16/fp16 the product runs on the integer codes, which those types hold exactly, and the
+scales are applied to its result.
+
+Sources: BitNet 2310.11453, b1.58 2402.17764; least-squares scale 1605.04711 (ternary weight nets).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-12
+_TINY = 1e-30
+_CODE_UNIT = 1.0 / 128.0  # exact power of two: keeps sums of codes inside fp16's range
+
+
+def ternarize(weight: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
+    """Ternary codes of `weight` and the least-squares scale of every group.
+
+    codes = clip(round(W / (mean|W| + eps)), -1, 1) and scale = sum(|W| [codes != 0]) / nonzeros,
+    both per group of `group_size` consecutive inputs (0 = one group per output row; the last group
+    may be shorter; a group without non-zero codes gets scale 0).
+
+    weight: (..., out, in). Returns codes (..., out, in) of weight's dtype holding -1, 0 or 1, and
+    scale (..., out, groups) in fp32 (fp64 for fp64 weights).
+    """
+    values = weight.detach()
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()
+    width = values.shape[-1]
+    if 0 < group_size < width:
+        padding = -width % group_size
+        values = F.pad(values, (0, padding)).unflatten(-1, (-1, group_size))
+        counts = values.new_full((values.shape[-2], 1), group_size)  # (groups, 1)
+        counts[-1] = group_size - padding
+        mean = values.abs().sum(-1, keepdim=True) / counts
+    else:
+        values = values.unsqueeze(-2)  # (..., out, groups, group)
+        mean = values.abs().mean(-1, keepdim=True)
+    codes = (values / (mean + EPS)).round_().clamp_(-1.0, 1.0)
+    # |W| [q != 0] equals W q because a code carries the sign of its weight.
+    total = (values * codes).sum(-1)
+    scale = total / codes.abs().sum(-1).clamp_min_(1.0)  # (..., out, groups)
+    return codes.flatten(-2)[..., :width].to(weight.dtype), scale
+
+
+def expand_scale(scale: Tensor, width: int, group_size: int = 0) -> Tensor:
+    """Scales (..., out, groups) of `ternarize`, laid out to multiply codes (..., out, in)."""
+    if scale.shape[-1] == 1:
+        return scale
+    return scale.repeat_interleave(group_size, dim=-1)[..., :width]
+
+
+class _RoundWeight(torch.autograd.Function):
+    """scale * codes forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, group_size: int) -> Tensor:
+        codes, scale = ternarize(weight, group_size)
+        return codes * expand_scale(scale, weight.shape[-1], group_size).to(codes.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def ternary_weight(weight: Tensor, group_size: int = 0) -> Tensor:
+    """The ternary weight `scale * codes` of weight (..., out, in), with identity gradient."""
+    return _RoundWeight.apply(weight, group_size)
+
+
+def _token_peak(x: Tensor) -> Tensor:
+    """max|x| per token, (..., 1). Two reads and no temporary; abs().amax() is slower on CPU."""
+    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min_(_TINY)
+
+
+class _RoundTokens(torch.autograd.Function):
+    """Dequantised int8 activations forward, identity backward.
+
+    The scale comes from the token's own maximum, so no value is ever clipped and the
+    straight-through mask is one everywhere.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        peak = _token_peak(x)
+        return (x * (127.0 / peak)).round_().mul_(peak / 127.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def quantize_tokens(x: Tensor) -> Tensor:
+    """x (..., in) rounded to int8 per token and dequantised, with identity gradient."""
+    return _RoundTokens.apply(x)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., n, in) times weight (..., out, in) transposed."""
+    return F.linear(x, weight) if weight.dim() == 2 else torch.matmul(x, weight.mT)
+
+
+class _CodeProduct(torch.autograd.Function):
+    """y = (sx cx) (alpha q)^T with the product in a 16-bit type on the codes cx and q.
+
+    dx = (dy alpha) q and dW = (dy sx)^T cx: in all three products one side is exact. With several
+    groups per row the scale cannot leave the product, so q is replaced by rounded alpha q. The
+    activations kept for backward are one byte each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, group_size: int, quantize: bool, dtype: torch.dtype
+    ) -> Tensor:
+        codes, scale = ternarize(weight, group_size)
+        if scale.shape[-1] > 1:
+            codes = codes * expand_scale(scale, weight.shape[-1], group_size)
+            row_scale = None
+        else:
+            row_scale = scale.mT.float()  # (..., 1, out)
+            if weight.dim() == 2:
+                row_scale = row_scale.squeeze(0)
+        codes = codes.to(dtype)
+        if quantize:
+            values = x.float()
+            peak = _token_peak(values)
+            x_codes = (values * (127.0 / peak)).round_()
+            x_scale = peak * (1.0 / (127.0 * _CODE_UNIT))
+            saved_x = x_codes.to(torch.int8)
+            x_codes = x_codes.mul_(_CODE_UNIT).to(dtype)
+        else:
+            x_codes = saved_x = x.to(dtype)
+            x_scale = None
+        ctx.save_for_backward(saved_x, codes, x_scale, row_scale)
+        ctx.dtypes = (x.dtype, weight.dtype)
+        return _scaled(_product(x_codes, codes), x_scale, row_scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x_codes, codes, x_scale, row_scale = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        grad = grads[0]
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.matmul(_scaled(grad, None, row_scale), codes).to(x_dtype)
+        if ctx.needs_input_grad[1]:
+            if x_scale is not None:
+                x_codes = x_codes.to(grad.dtype) * _CODE_UNIT
+            left = _scaled(grad, x_scale, None)
+            if codes.dim() == 2:
+                left, x_codes = left.flatten(0, -2), x_codes.flatten(0, -2)
+            grad_weight = torch.matmul(left.mT, x_codes).to(weight_dtype)
+        return grad_x, grad_weight, None, None, None
+
+
+def _scaled(value: Tensor, token_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    """value times the given scales, computed in fp32, in value's dtype."""
+    result = value
+    for scale in (token_scale, row_scale):
+        if scale is not None:
+            result = result * scale
+    return result.to(value.dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+def bit_linear(
+    x: Tensor, weight: Tensor, *, group_size: int = 0, quantize_activations: bool = True
+) -> Tensor:
+    """y = int8(x) @ ternary(weight)^T with straight-through gradients.
+
+    x: (..., in) with weight (out, in), or (..., n, in) with stacked weights (..., out, in).
+    Returns (..., out) in x's dtype, or in autocast's.
+    """
+    dtype = _compute_dtype(x)
+    if dtype in (torch.bfloat16, torch.float16):
+        return _CodeProduct.apply(x, weight, group_size, quantize_activations, dtype)
+    if quantize_activations:
+        x = quantize_tokens(x)
+    return _product(x, ternary_weight(weight, group_size).to(x.dtype))
+
+
+class BitLinear(nn.Module):
+    """Linear layer without bias whose forward uses ternary weights and int8 activations.
+
+    `weight` (out_features, in_features) is the latent matrix. `quant_mode="none"` makes it an
+    ordinary linear layer: the high-precision twin of the same network. `group_size` as in
+    `ternarize`. The caller normalises the input (RMSNorm or SubLN) before this layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        group_size: int = 0,
+        quant_mode: str = "bitnet_1_58",
+        quantize_activations: bool = True,
+        init_std: float = 0.02,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if quant_mode not in ("bitnet_1_58", "none"):
+            raise ValueError(f"--quant-mode is {quant_mode!r}; choose bitnet_1_58 or none")
+        if group_size < 0:
+            raise ValueError("--bitlinear-group-size must be 0 (one scale per row) or positive")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.ternary = quant_mode != "none"
+        self.quantize_activations = quantize_activations
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=init_std, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        if not self.ternary:
+            return F.linear(x, self.weight)
+        return bit_linear(
+            x,
+            self.weight,
+            group_size=self.group_size,
+            quantize_activations=self.quantize_activations,
+        )
+
+    def effective_weight(self) -> Tensor:
+        """The weight (out, in) that the forward pass uses, differentiable in the latent weight."""
+        return ternary_weight(self.weight, self.group_size) if self.ternary else self.weight
+
+    def extra_repr(self) -> str:
+        kind = f"ternary, group {self.group_size or 'row'}" if self.ternary else "high precision"
+        return f"in={self.in_features}, out={self.out_features}, {kind}"
+
+
+def fused_linear(x: Tensor, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
+    """Outputs of several BitLinear layers of one input, as one product.
+
+    The rounding of x, its gradient and the product are done once. Equal to calling each layer,
+    because scales belong to rows; the layers must agree in group size and modes.
+    """
+    first = layers[0]
+    weight = torch.cat([layer.weight for layer in layers])
+    if first.ternary:
+        y = bit_linear(
+            x,
+            weight,
+            group_size=first.group_size,
+            quantize_activations=first.quantize_activations,
+        )
+    else:
+        y = F.linear(x, weight)
+    return y.split([layer.out_features for layer in layers], dim=-1)
+
+
+def ternary_parameters(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[Tensor, int]]:
+    """Latent weight and group size of every ternary BitLinear, by module name."""
+    return {
+        name: (module.weight, module.group_size)
+        for name, module in modules
+        if isinstance(module, BitLinear) and module.ternary
+    }
+
+
+class TernaryStatistics:
+    """Zero fraction, mean scale and code churn of ternary weights, measured when asked.
+
+    Works on at most `rows` evenly spaced output rows of each matrix, so that a log step costs far
+    less than a forward pass; training steps cost nothing. Churn is the fraction of those codes
+    that differ from the previous call; the first call has none and omits it. The previous codes
+    are the only state: `state_dict` keeps them so that a resumed run logs the same churn.
+    """
+
+    def __init__(self, *, rows: int = 64) -> None:
+        self.rows = rows
+        self._previous: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def measure(self, weights: Mapping[str, tuple[Tensor, int]]) -> dict[str, float]:
+        """weights: name -> (latent weight (..., out, in), group size). Synchronises the device."""
+        zeros = scale_total = changed = 0.0
+        size = scale_count = compared = 0
+        for name, (weight, group_size) in weights.items():
+            flat = weight.detach().flatten(0, -2)
+            step = max(1, -(-flat.shape[0] // self.rows))
+            codes, scale = ternarize(flat[::step], group_size)
+            codes = codes.to(device="cpu", dtype=torch.int8)
+            zeros += float((codes == 0).sum())
+            size += codes.numel()
+            scale_total += float(scale.double().sum())
+            scale_count += scale.numel()
+            before = self._previous.get(name)
+            if before is not None and before.shape == codes.shape:
+                changed += float((codes != before).sum())
+                compared += codes.numel()
+            self._previous[name] = codes
+        if not size:
+            return {}
+        result = {
+            "bitlinear_zero_fraction": zeros / size,
+            "bitlinear_scale_mean": scale_total / scale_count,
+        }
+        if compared:
+            result["bitlinear_code_churn"] = changed / compared
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._previous)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._previous = {name: codes.to(torch.int8) for name, codes in state.items()}

@@ -1,0 +1,232 @@
+"""The Mamba-3 block: projections, selective parameters, scan, gated norm, output.
+
+    [z, x, B, C] = in_proj(u)                    ternary;  z, x (H, P), B, C (R, N)
+    [dt, A, trap, angle] = control_proj(u)       high precision (MECHANISMS 2.4)
+    dt = softplus(.)    A = -f(.) <= -1e-4    lambda = sigmoid(.)    theta = pi tanh(.)
+    B, C = RMSNorm(.) gain + bias, turned by the running sum of theta
+    y_r = scan(x_r, ...)   with x_r = x o rank_in_r
+    out = step_scale * out_proj(sum_r rank_out_r o RMSNorm_P(y_r) o silu(z o rank_gate_r))
+
+There is no short convolution: the trapezoid and the biases of B and C take its place.
+
+Decisions. (1) B, C, their biases and the rotation are one group for all heads (see model.ssd).
+(2) The angle increment is not multiplied by dt, because dt differs by head: its bias starts as
+fixed frequencies, log-spaced from 1 to 1e-3 rad per token, and data can reach +-pi, the flip that
+parity needs. (3) The norm's gain and the output's rank projection always multiply each other and
+are one parameter, rank_out. The gated norm is also out_proj's SubLN. (4) Rank 1 has no rank_in and
+rank_gate: they would scale in_proj's rows a second time. (5) control_proj's matrix starts at zero,
+so a new block is a fixed linear system whose steps are log-spaced from 1e-3 to 0.1 over heads.
+
+Source: Mamba-3 2603.15569, read beside the public state-spaces/mamba implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.bitlinear import BitLinear
+from model.config import SigmaModelConfig
+from model.norm_rope import rms_norm
+from model.sequence import SequenceContext
+from model.ssd import MambaState, ScanInputs, ScanMasks, mamba_scan, mamba_step
+
+DT_RANGE = (1e-3, 0.1)
+FREQUENCY_RANGE = (1e-3, 1.0)  # radians per token
+DECAY_FLOOR = 1e-4
+DECAY_CEILING = 1e4
+
+
+class _GatedRankNorm(torch.autograd.Function):
+    """sum_r gain_r o y_r / rms(y_r) o silu(z o gate_r), with few passes over y.
+
+    y (B, T, H, R, P), any strides; z (B, T, H, P); gain (H, R, P); gate (H, R, P) or None.
+    With n = y / rms: dn = g silu gain;  dy = (dn - n mean(dn n)) / rms.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, z: Tensor, gain: Tensor, gate: Tensor | None, eps: float
+    ) -> Tensor:
+        inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True)  # (B, T, H, R, 1)
+        inverse = (inverse.square_() / y.shape[-1]).add_(eps).rsqrt_()
+        gates = z.unsqueeze(3) if gate is None else z.unsqueeze(3) * gate
+        result = F.silu(gates) * gain
+        result.mul_(y).mul_(inverse)
+        ctx.save_for_backward(y, z, gain, gate, inverse)
+        return result.squeeze(3) if y.shape[3] == 1 else result.sum(3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, z, gain, gate, inverse = ctx.saved_tensors
+        gates = z.unsqueeze(3) if gate is None else z.unsqueeze(3) * gate
+        grad = grads[0].unsqueeze(3)
+        normed = y * inverse  # (B, T, H, R, P)
+        pulled = grad * normed
+        grad_y = F.silu(gates).mul_(grad)  # gradient of gain o n
+        grad_gain = (grad_y * normed).sum((0, 1))
+        grad_y.mul_(gain)
+        dot = (grad_y * normed).sum(-1, keepdim=True)
+        grad_y.addcmul_(normed, dot, value=-1.0 / y.shape[-1]).mul_(inverse)
+        grad_gates = torch.ops.aten.silu_backward(pulled.mul_(gain), gates)
+        if gate is None:
+            return grad_y, grad_gates.squeeze(3), grad_gain, None, None
+        grad_gate = (grad_gates * z.unsqueeze(3)).sum((0, 1))
+        return grad_y, (grad_gates * gate).sum(3), grad_gain, grad_gate, None
+
+
+def decay_rate(value: Tensor) -> Tensor:
+    """A = -f(value), f = 1 + v above 0 and 1 / (1 - v) below: smooth, never zero, heavy-tailed.
+
+    Clamped to [-1e4, -1e-4].
+    """
+    rate = value.clamp_min(0) + (1 - value.clamp_max(0)).reciprocal()
+    return -rate.clamp(DECAY_FLOOR, DECAY_CEILING)
+
+
+class Mamba(nn.Module):
+    """Mixer interface of a block: forward(x, context, state=) -> (y, new state)."""
+
+    def __init__(self, config: SigmaModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.mamba_heads, config.mamba_head_dim
+        self.d_inner, self.d_state, self.rank = config.d_inner, config.mamba_d_state, config.mimo_rank
+        self.chunk_len, self.eps = config.mamba_chunk_len, config.norm_eps
+        self.num_angles = int(self.d_state * config.mamba_rope_fraction) // 2
+        self.trapezoid = config.mamba_trapezoid
+        heads, rank, width = self.num_heads, self.rank, self.head_dim
+        quantization = {
+            "group_size": config.bitlinear_group_size,
+            "quant_mode": config.quant_mode,
+        }
+        self.in_proj = BitLinear(
+            config.d_model, 2 * self.d_inner + 2 * rank * self.d_state, **quantization
+        )
+        self.out_proj = BitLinear(self.d_inner, config.d_model, **quantization)
+        self.control_sizes = [heads, heads, heads * self.trapezoid, self.num_angles]
+        self.control_proj = nn.Linear(config.d_model, sum(self.control_sizes))
+        self.bc_gain = nn.Parameter(torch.ones(2, 1, self.d_state))
+        self.bc_bias = nn.Parameter(torch.ones(2, rank, self.d_state))
+        self.skip = nn.Parameter(torch.ones(heads))
+        self.rank_out = nn.Parameter(torch.full((heads, rank, width), 1.0 / rank))
+        self.rank_in: nn.Parameter | None = None
+        self.rank_gate: nn.Parameter | None = None
+        if rank > 1:
+            self.rank_in = nn.Parameter(torch.full((heads, rank, width), 1.0 / rank))
+            self.rank_gate = nn.Parameter(torch.ones(heads, rank, width))
+        self.step_scale = nn.Parameter(torch.tensor(float(config.mamba_step_scale)))
+        # Means of the last training forward: state norm, dt, decay.
+        self.register_buffer("last_means", torch.zeros(3), persistent=False)
+        self.reset_control()
+
+    @torch.no_grad()
+    def reset_control(self) -> None:
+        """Set the control projection to its initial values; nothing is random."""
+        steps = _log_spaced(*DT_RANGE, self.num_heads)
+        angles = _log_spaced(*reversed(FREQUENCY_RANGE), self.num_angles)
+        bias = torch.zeros(sum(self.control_sizes), dtype=torch.float64)
+        bias[: self.num_heads] = steps + torch.log(-torch.expm1(-steps))  # softplus inverse
+        bias[bias.numel() - self.num_angles :] = torch.atanh(angles / math.pi)
+        self.control_proj.weight.zero_()
+        self.control_proj.bias.copy_(bias)
+
+    def forward(
+        self, x: Tensor, context: SequenceContext, *, state: MambaState | None = None
+    ) -> tuple[Tensor, MambaState | None]:
+        """x (B, T, D), normalised -> y (B, T, D), already scaled for the residual stream.
+
+        Returns a state that continues the rows if one was given or `context.use_cache` is set.
+        """
+        inputs, z = self.scan_inputs(x)
+        reset, valid = context.reset_mask, context.valid_mask
+        if state is not None and x.shape[1] == 1:
+            y, new_state = mamba_step(inputs, state, reset_mask=reset, valid_mask=valid)
+        else:
+            y, new_state = mamba_scan(
+                inputs,
+                chunk_len=self.chunk_len,
+                reset_mask=reset,
+                valid_mask=valid,
+                state=state,
+                masks=self._masks(context, inputs.x),
+            )
+        if self.training and torch.is_grad_enabled():
+            self._note(inputs, new_state)
+        mixed = _GatedRankNorm.apply(y, z, self.rank_out, self.rank_gate, self.eps)
+        out = self.out_proj(mixed.flatten(2).to(x.dtype)) * self.step_scale
+        keep = state is not None or context.use_cache
+        return out, new_state if keep else None
+
+    def scan_inputs(self, x: Tensor) -> tuple[ScanInputs, Tensor]:
+        """What the scan reads for x (B, T, D), in at least fp32, and the gate z (B, T, H, P)."""
+        batch, length, _ = x.shape
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            weight, bias = self.control_proj.weight, self.control_proj.bias
+            control = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        dt, rate, trap, angle = control.split(self.control_sizes, dim=-1)
+        dt = F.softplus(dt)
+        bc_width = 2 * self.rank * self.d_state
+        projected = self.in_proj(x).to(dtype)
+        z, values, bc = projected.split([self.d_inner, self.d_inner, bc_width], dim=-1)
+        heads = (batch, length, self.num_heads, self.head_dim)
+        bc = rms_norm(bc.reshape(batch, length, 2, self.rank, self.d_state), eps=self.eps)
+        b, c = torch.addcmul(self.bc_bias, bc, self.bc_gain).unbind(2)
+        inputs = ScanInputs(
+            x=values.view(heads),
+            b=b,
+            c=c,
+            dt=dt,
+            log_decay=dt * decay_rate(rate),
+            skip=self.skip,
+            trap=trap.sigmoid() if self.trapezoid else None,
+            theta=math.pi * angle.tanh() if self.num_angles else None,
+            rank_in=self.rank_in,
+        )
+        return inputs, z.view(heads)
+
+    def _masks(self, context: SequenceContext, like: Tensor) -> ScanMasks:
+        """Masks of this forward, shared by all Mamba blocks."""
+        key = f"mamba_{self.chunk_len}_{like.dtype}"
+        if key not in context.cache:
+            context.cache[key] = ScanMasks.create(
+                like,
+                chunk_len=self.chunk_len,
+                reset_mask=context.reset_mask,
+                valid_mask=context.valid_mask,
+            )
+        return context.cache[key]
+
+    @torch.no_grad()
+    def _note(self, inputs: ScanInputs, state: MambaState) -> None:
+        """Keep three means on the device; nothing is synchronised."""
+        norm = torch.linalg.vector_norm(state.h, dim=(-2, -1)).mean()
+        means = (norm, inputs.dt.mean(), inputs.log_decay.exp().mean())
+        self.last_means.copy_(torch.stack(means))
+
+    def metrics(self) -> dict[str, float]:
+        """Means of the last training forward; synchronises.
+
+        mamba_state_norm: Frobenius norm of a head's state at the end of a row; mamba_dt_mean;
+        mamba_decay_mean: mean of exp(dt A), 1 = keeps everything; mamba_chunk_len in tokens.
+        """
+        norm, dt, decay = self.last_means.tolist()
+        return {
+            "mamba_state_norm": norm,
+            "mamba_dt_mean": dt,
+            "mamba_decay_mean": decay,
+            "mamba_chunk_len": float(self.chunk_len),
+        }
+
+
+def _log_spaced(first: float, last: float, count: int) -> Tensor:
+    """`count` values from `first` to `last`, their geometric mean if there is only one; fp64."""
+    if count == 1:
+        return torch.tensor([math.sqrt(first * last)], dtype=torch.float64)
+    return torch.logspace(math.log10(first), math.log10(last), count, dtype=torch.float64)

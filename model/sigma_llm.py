@@ -1,0 +1,254 @@
+"""SigmaLLM: a causal language model of Mamba and latent-attention blocks with experts.
+
+Embedding in high precision, blocks (model/blocks.py), a final norm, and a head that by default is
+the embedding itself. The trunk is a class of its own because transformers wants trunk and head
+apart (model/hf.py); here the head is added to it, so parameter names have no prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.bitlinear import TernaryStatistics, ternary_parameters
+from model.blocks import Block, BlockState
+from model.config import SigmaModelConfig
+from model.cross_entropy import linear_cross_entropy
+from model.engram import Engram
+from model.initialization import initialize
+from model.moe import Experts, MoE
+from model.norm_rope import RMSNorm
+from model.sequence import SequenceContext
+
+
+@dataclass(slots=True)
+class SigmaState:
+    """Everything needed to continue rows: one state per block and the tokens seen so far."""
+
+    blocks: list[BlockState]
+    num_tokens: int = 0
+
+    def reorder(self, index: Tensor) -> SigmaState:
+        """Rows picked by index (B',) int64, for beam search."""
+        return SigmaState([block.reorder(index) for block in self.blocks], self.num_tokens)
+
+
+@dataclass(slots=True)
+class SigmaOutput:
+    """hidden (B, T, D) after the final norm; logits (B, T', V) fp32, loss in mean nats, or None.
+
+    aux: weighted auxiliary losses to add to the loss in training; state: continues the rows.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+    aux: dict[str, Tensor] = field(default_factory=dict)
+    state: SigmaState | None = None
+
+
+class SigmaTrunk(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: SigmaModelConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.two_stream = config.residual_layout == "two-stream"
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(
+            Block(config, layer=layer, seed=seed) for layer in range(config.n_layers)
+        )
+        self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.gradient_checkpointing = False  # True: recompute blocks in backward
+
+    def initial_state(self, batch_size: int) -> SigmaState:
+        """State of rows that have not started."""
+        if batch_size < 1:
+            raise ValueError("batch_size must be at least 1")
+        return SigmaState([BlockState() for _ in self.blocks])
+
+    def run(
+        self,
+        input_ids: Tensor | None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        valid_mask: Tensor | None = None,
+        state: SigmaState | None = None,
+        use_cache: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor], SigmaState | None]:
+        """Hidden values (B, T, D) after the final norm, aux losses and the new state.
+
+        input_ids (B, T) int64, or inputs_embeds (B, T, D) in their place; masks (B, T) bool as in
+        SequenceContext. With a state the tokens continue its rows.
+        """
+        if inputs_embeds is None:
+            if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
+                raise ValueError("input_ids must be a (batch, length) tensor with length >= 1")
+            x: Tensor = self.embed(input_ids)
+        else:
+            x = inputs_embeds
+        batch, length = x.shape[:2]
+        start = 0 if state is None else state.num_tokens
+        context = SequenceContext.create(
+            batch,
+            length,
+            device=x.device,
+            start=start,
+            reset_mask=reset_mask,
+            valid_mask=valid_mask,
+            use_cache=use_cache or state is not None,
+        )
+        x = F.dropout(x, self.config.dropout, self.training)
+        streams: tuple[Tensor, ...] = (x, x) if self.two_stream else (x,)
+        aux: dict[str, Tensor] = {}
+        block_states: list[BlockState] = []
+        for layer, block in enumerate(self.blocks):
+            before = None if state is None else state.blocks[layer]
+            streams, losses, after = self._run_block(block, streams, input_ids, context, before)
+            for name, value in losses.items():
+                aux[name] = aux[name] + value if name in aux else value
+            if after is not None:
+                block_states.append(after)
+        x = (streams[0] + streams[1]) / 2 if self.two_stream else streams[0]
+        new_state = SigmaState(block_states, start + length) if context.use_cache else None
+        return self.final_norm(x), aux, new_state
+
+    def _run_block(
+        self,
+        block: nn.Module,
+        streams: tuple[Tensor, ...],
+        input_ids: Tensor | None,
+        context: SequenceContext,
+        state: BlockState | None,
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor], BlockState | None]:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, streams, input_ids, context, state=state, use_reentrant=False)
+        return block(streams, input_ids, context, state=state)
+
+    def after_optimizer_step(self) -> None:
+        """Move the routers' balance; call once per optimizer step, after it."""
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.apply_balance_update()
+
+
+class SigmaLLM(SigmaTrunk):
+    """Trunk plus head. `seed` fixes every initial weight and the routers' noise.
+
+    Construction leaves torch's global random state as it found it.
+    """
+
+    def __init__(self, config: SigmaModelConfig, *, seed: int = 0) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # modules may draw what initialize does not overwrite
+            super().__init__(config, seed=seed)
+            self.lm_head: nn.Linear | None = None
+            if not config.tie_embeddings:
+                self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        initialize(self, config, seed=seed)
+        self.ternary_statistics = TernaryStatistics()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) weight of the output layer."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        reset_mask: Tensor | None = None,
+        valid_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        state: SigmaState | None = None,
+        use_cache: bool = False,
+        num_logits_to_keep: int = 0,
+    ) -> SigmaOutput:
+        """input_ids (B, T) int64 -> SigmaOutput.
+
+        labels (B, T) are already shifted (labels[t] is the target of input t, -100 ignored) and
+        give `loss`. Logits are formed without labels, or for the last `num_logits_to_keep`
+        positions when that is positive; 0 means all of them.
+        """
+        hidden, aux, new_state = self.run(
+            input_ids,
+            reset_mask=reset_mask,
+            valid_mask=valid_mask,
+            state=state,
+            use_cache=use_cache,
+        )
+        loss = logits = None
+        if labels is not None:
+            loss = linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels.flatten())
+        if labels is None or num_logits_to_keep > 0:
+            kept = hidden[:, -num_logits_to_keep:]
+            logits = F.linear(kept, self.head_weight).float()
+        return SigmaOutput(hidden=hidden, logits=logits, loss=loss, aux=aux, state=new_state)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Counts: "total", "active" per token, and "embedding" (input table and untied head).
+
+        Active leaves out the routed experts that a token does not use and the memory rows it does
+        not read; the embedding counts whole.
+        """
+        total = sum(p.numel() for p in self.parameters())
+        idle = 0
+        for module in self.modules():
+            if isinstance(module, Experts):
+                experts = module.gate_up.numel() + module.down.numel()
+                unused = self.config.n_routed_experts - self.config.moe_top_k
+                idle += experts // self.config.n_routed_experts * unused
+            elif isinstance(module, Engram):
+                idle += module.num_idle_parameters
+        embedding = self.embed.weight.numel()
+        if self.lm_head is not None:
+            embedding += self.lm_head.weight.numel()
+        return {"total": total, "active": total - idle, "embedding": embedding}
+
+    def ternary_weights(self) -> dict[str, tuple[Tensor, int]]:
+        """Latent weight and group size of every ternary matrix, experts included, by name."""
+        weights = ternary_parameters(self.named_modules())
+        if self.config.quant_mode != "none":
+            for name, module in self.named_modules():
+                if isinstance(module, Experts):
+                    group = self.config.bitlinear_group_size
+                    weights[f"{name}.gate_up"] = (module.gate_up, group)
+                    weights[f"{name}.down"] = (module.down, group)
+        return weights
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the bitlinear, mla, diff_attn, mamba, moe and eng families. Synchronises.
+
+        A figure that several layers report is their mean; names ending in _min or _max, and
+        moe_max_vio, are the extreme over layers.
+        """
+        rows = []
+        for module in self.modules():
+            measure = getattr(module, "metrics", None)
+            if module is not self and callable(measure):
+                rows.append(measure())
+        result = self.ternary_statistics.measure(self.ternary_weights())
+        return result | _merge_metrics(rows)
+
+
+def _merge_metrics(rows: Iterable[dict[str, float]]) -> dict[str, float]:
+    collected: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            collected.setdefault(name, []).append(value)
+    merged = {}
+    for name, values in collected.items():
+        if name.endswith("_max") or name == "moe_max_vio":
+            merged[name] = max(values)
+        elif name.endswith("_min"):
+            merged[name] = min(values)
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged

@@ -1,0 +1,196 @@
+"""What may stand nowhere in the project: doors for foreign code, machine paths, registry hosts.
+
+R23 of the reliability plan, with a negative control for every rule. The names that are looked for
+in texts are put together from halves here, or this file would be the first to be found.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_OURS = ("assets/", "shared/")  # texts that other people wrote
+UNTRACKED = {".git", ".venv", ".runtime_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+UNTRACKED |= {"__pycache__", "runs", "checkpoints", "dist", "build"}
+
+HOSTS = tuple(
+    first + second
+    for first, second in (
+        ("py", "pi.org"),
+        ("pythonho", "sted.org"),
+        ("pyto", "rch.org/whl"),
+        ("download.pyto", "rch.org"),
+        ("np", "mjs.org"),
+        ("np", "mjs.com"),
+        ("deb.deb", "ian.org"),
+        ("archive.ubu", "ntu.com"),
+        ("anacon", "da.org"),
+        ("crat", "es.io"),
+        ("proxy.gol", "ang.org"),
+        ("pypi.nvi", "dia.com"),
+    )
+)
+# A home or a work folder of one machine; /usr, /proc, /dev and Program Files are everybody's.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/-])/(?:root|work|home|Users|opt|mnt|srv|data)/[\w.-]|(?i:[a-z]:[\\/]+users[\\/]+\w)"
+)
+
+
+def is_true(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is True
+
+
+def call_faults(call: ast.Call) -> Iterator[str]:
+    """What is wrong with one call."""
+    name = ast.unparse(call.func)
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    if re.fullmatch(r"(c|cloud)?[pP]ickle\.(load|loads|Unpickler)|dill\.loads?|joblib\.load", name):
+        yield name
+    if name == "torch.load" and not is_true(keywords.get("weights_only", ast.Constant(None))):
+        yield "torch.load without weights_only=True"
+    if "shell" in keywords and ast.unparse(keywords["shell"]) not in ("False", "0"):
+        yield "shell"
+    if name in ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"):
+        yield name
+    for argument in ("trust_remote_code", "allow_pickle"):
+        if argument in keywords and ast.unparse(keywords[argument]) != "False":
+            yield argument
+
+
+def code_faults(source: str, *, path: str) -> list[str]:
+    """Doors through which a file could let foreign code in."""
+    faults = []
+    for node in ast.walk(ast.parse(source, filename=path)):
+        if isinstance(node, ast.Call):
+            faults += [f"{path}:{node.lineno}: {fault}" for fault in call_faults(node)]
+        elif isinstance(node, ast.ImportFrom) and node.module in ("pickle", "dill", "joblib"):
+            # `from pickle import load` would hide the name that the rule above looks for.
+            faults.append(f"{path}:{node.lineno}: from {node.module} import")
+        elif isinstance(node, ast.Dict):
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            if "trust_remote_code" in keys:
+                faults.append(f"{path}:{node.lineno}: trust_remote_code")
+    return faults
+
+
+def text_faults(text: str, *, path: str) -> list[str]:
+    """Registry hosts and paths of one machine."""
+    faults = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        faults += [f"{path}:{number}: {host}" for host in HOSTS if host in line.lower()]
+        if match := MACHINE_PATH.search(line):
+            faults.append(f"{path}:{number}: machine path {match[0]}")
+    return faults
+
+
+def project_paths() -> list[str]:
+    """Every file of the project: what git tracks or would; without git, what no run has made."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    if (ROOT / ".git").exists():
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+        paths = [path for path in listing.decode("utf-8").split("\0") if path]
+    else:
+        files = (file for file in ROOT.rglob("*") if file.is_file())
+        relative = (file.relative_to(ROOT) for file in files)
+        paths = [path.as_posix() for path in relative if not UNTRACKED & set(path.parts)]
+    return [path for path in paths if not path.startswith(NOT_OURS) and (ROOT / path).is_file()]
+
+
+def project_texts() -> Iterator[tuple[str, str]]:
+    """Path and content of the project's text files."""
+    for path in project_paths():
+        try:
+            yield path, (ROOT / path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # not a text
+
+
+def test_nothing_lets_foreign_code_in():
+    sources = {path: text for path, text in project_texts() if path.endswith(".py")}
+    assert len(sources) > 20
+    faults = [fault for path, text in sources.items() for fault in code_faults(text, path=path)]
+    assert not faults, "\n".join(faults)
+
+
+def test_no_registry_host_and_no_machine_path():
+    texts = dict(project_texts())
+    assert {"pyproject.toml", ".ci/run", "requirements-cpu.txt"} <= set(texts)
+    faults = [fault for path, text in texts.items() for fault in text_faults(text, path=path)]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "pickle.load(file)",
+        "pickle.loads(data)",
+        "cPickle.load(file)",
+        "pickle.Unpickler(file)",
+        "from pickle import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "subprocess.run(command, shell=True)",
+        "subprocess.Popen(command, shell=flag)",
+        "os.system(command)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=flag)",
+        "AutoModel.from_pretrained(name, **{'trust_remote_code': True})",
+        "numpy.load(path, allow_pickle=True)",
+    ],
+)
+def test_a_door_for_foreign_code_is_found(source):
+    assert len(code_faults(source, path="x.py")) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path, weights_only=True)",
+        "subprocess.run(command, shell=False)",
+        "AutoModel.from_pretrained(name, trust_remote_code=False)",
+        "json.load(file)",
+        "'shell=True and pickle.load in a text are no calls'",
+    ],
+)
+def test_harmless_code_is_not(source):
+    assert code_faults(source, path="x.py") == []
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_registry_host_is_found(host):
+    assert text_faults(f"--index-url https://{host.upper()}/simple", path="x.txt")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("", "home", "ann", "sigma"),
+        ("", "Users", "ann", "x"),
+        ("", "root", ".cache"),
+        ("", "opt", "x"),
+    ],
+)
+def test_a_machine_path_is_found(parts):
+    path = "/".join(parts)
+    assert text_faults(f"open('{path}')", path="x.py")
+    assert text_faults("C:" + "\\".join(("", "Users", "ann", "sigma")), path="x.bat")
+    assert not text_faults(f"relative{path} and model{path}", path="x.md")
+    assert not text_faults("/usr/bin/env, /dev/null, /proc/meminfo, C:\\Program Files\\x", path="x")
+
+
+def test_ruff_is_content():
+    """The linter's own words are the assertion's message."""
+    run = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--quiet", "--output-format", "concise", "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,158 @@
+"""Defaults and profiles against the table of FLAGS.md, and the rules between settings."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from model.config import SigmaModelConfig
+from training.config.cli import parse_args
+from training.config.fields import ConfigError, Flag, iter_flags
+from training.config.sections import ModelConfig
+from training.config.sigma_config import SigmaConfig
+
+PROJECT = Path(__file__).parents[3]
+PROFILES = [PROJECT / "train_sigma_args.txt", *sorted((PROJECT / "profiles").glob("*.txt"))]
+FLAGS = {flag.name: flag for flag in iter_flags(SigmaConfig)}
+with (Path(__file__).parent / "flags_table.tsv").open(encoding="utf-8") as table:
+    ROWS = list(csv.DictReader(table, delimiter="\t"))
+
+# (flag, column) -> (value here, why it is not FLAGS.md's)
+DEVIATIONS = {
+    ("--optimizer", "type"): ("{adamw,muon}", "c3o, normuon, adamuon, gnprox do not exist yet"),
+    ("--optimizer", "default"): ("muon", "until c3o exists"),
+    ("--optimizer", "exe"): ("muon", "until c3o exists"),
+    ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
+    ("--residual-layout", "default"): ("standard", "FLAGS.md leaves it to measurement"),
+    ("--mode", "type"): (
+        "{train,plan,doctor,eval,generate,report}",
+        "data, chat, export, watch, support do not exist yet",
+    ),
+}
+# Flags that FLAGS.md does not name, each with its effect in this program.
+ADDED = {
+    "--json", "--grad-accum-steps", "--tie-embeddings", "--mamba-expand", "--mamba-head-dim",
+    "--mamba-d-state", "--mamba-chunk-len", "--engram-enabled", "--engram-orders",
+    "--engram-heads", "--engram-buckets", "--engram-dim", "--engram-layers", "--adam-lr",
+    "--warmup-steps", "--warmdown-fraction", "--lr-final-ratio", "--eval-interval",
+    "--eval-tokens", "--sample-interval", "--sample-prompt", "--sample-tokens", "--ema-enabled",
+    "--ema-decay", "--ema-start-fraction", "--curriculum-enabled", "--curriculum-phases",
+    "--eval-file", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--weights",
+}  # fmt: skip
+
+
+def expected(row: dict[str, str], column: str) -> str:
+    return DEVIATIONS.get((row["flag"], column), (row[column], ""))[0]
+
+
+def parsed(flag: Flag, text: str):
+    return {"on": True, "off": False}[text] if flag.kind == "bool" else flag.parse(text)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["flag"])
+def test_type_and_default_are_those_of_the_table(row):
+    flag = FLAGS[row["flag"]]
+    kind = expected(row, "type")
+    if kind.startswith("{"):
+        assert sorted(flag.rule.choices) == sorted(kind.strip("{}").split(","))
+    else:
+        assert flag.kind == kind
+    assert flag.default == parsed(flag, expected(row, "default"))
+
+
+def test_the_table_covers_every_flag():
+    in_table = {row["flag"] for row in ROWS}
+    assert in_table | ADDED == set(FLAGS)
+    assert not in_table & ADDED
+    for (name, column), (value, _) in DEVIATIONS.items():
+        row = next(row for row in ROWS if row["flag"] == name)
+        assert row[column] != value, f"{name} no longer deviates in {column}"
+
+
+def test_the_exe_profile_has_the_values_of_the_table():
+    config = parse_args([f"@{PROFILES[0]}"])
+    for row in ROWS:
+        flag, text = FLAGS[row["flag"]], expected(row, "exe")
+        value = getattr(getattr(config, flag.section), flag.field)
+        assert value == (flag.default if text == "=" else parsed(flag, text)), flag.name
+
+
+def test_the_exe_profile_names_the_flags_of_the_table_in_the_order_of_help():
+    lines = [line.split()[0] for line in PROFILES[0].read_text().splitlines() if line[:2] == "--"]
+    named = {"--torch-compile" if name == "--no-torch-compile" else name for name in lines}
+    assert named == {row["flag"] for row in ROWS if row["exe"] != "="} | {"--mode"}
+    sections = [FLAGS[name.replace("--no-torch", "--torch")].section for name in lines]
+    order = list(dict.fromkeys(flag.section for flag in FLAGS.values()))
+    assert sections == sorted(sections, key=order.index)
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.name)
+def test_every_shipped_profile_is_valid(profile):
+    assert parse_args([f"@{profile}"]).run.mode == "train"
+
+
+def test_the_quickstart_asks_for_nothing_a_plain_machine_lacks():
+    config = parse_args([f"@{PROJECT / 'profiles' / 'quickstart.txt'}"])
+    assert not config.run.require_cuda
+    assert config.run.device == "auto"
+    assert not config.precision.torch_compile
+    assert config.precision.precision == "auto"
+    assert config.data.tokenizer_name.startswith("assets")
+
+
+def test_no_flag_is_declared_twice_and_none_without_help():
+    names = [name for f in iter_flags(SigmaConfig) for name in (f.name, f.off_name) if name]
+    assert len(names) == len(set(names))
+    for flag in iter_flags(SigmaConfig):
+        assert flag.rule.help.endswith(".") and "\n" not in flag.rule.help
+        assert flag.check(flag.default) == flag.default
+        assert type(flag.check(flag.default)) is type(flag.default)
+
+
+def test_model_flags_are_the_fields_of_the_model_with_its_defaults():
+    own = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    theirs = {f.name: f.default for f in dataclasses.fields(SigmaModelConfig)}
+    assert own == {name: theirs[name] for name in own}
+    assert SigmaConfig().model_config(vocab_size=999) == SigmaModelConfig(vocab_size=999)
+
+
+def test_model_config_carries_every_model_flag():
+    config = parse_args(["--d-model", "384", "--engram-layers", "0,2", "--no-tie-embeddings"])
+    shape = config.model_config(vocab_size=4096)
+    assert (shape.vocab_size, shape.d_model, shape.engram_layers) == (4096, 384, (0, 2))
+    assert not shape.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+        (["--device", "cuda:x"], "--device must be"),
+        (["--output-dir", " "], "--output-dir must name a directory"),
+        (["--checkpoint-dir="], "--checkpoint-dir must name a directory"),
+        (["--tokenizer-name="], "--tokenizer-name must not be empty"),
+        (["--n-heads", "7"], "--n-heads must divide --d-model"),
+        (["--moe-top-k", "9"], "--moe-top-k must lie between 1 and --n-routed-experts"),
+        (["--d-ff", "3073"], "--d-ff must be a multiple of"),
+        (["--mamba-ratio", "0", "--attention-ratio", "0"], "--mamba-ratio"),
+        (["--diff-attention-lambda-init", "2"], "--diff-attention-lambda-init must lie"),
+        (["--engram-enabled", "--engram-layers", "99"], "--engram-layers must name blocks"),
+        (["--curriculum-enabled", "--curriculum-phases", "0.4,0.1"], "--curriculum-phases takes"),
+        (["--curriculum-enabled", "--curriculum-phases", "a"], "--curriculum-phases takes"),
+        (["--curriculum-enabled", "--seq-len", "510"], "--seq-len must be a multiple of 4"),
+    ],
+)
+def test_a_broken_rule_is_one_line_naming_the_flag(argv, message):
+    with pytest.raises(ConfigError) as failure:
+        parse_args(argv)
+    assert message in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
+def test_curriculum_boundaries_are_increasing_fractions():
+    assert SigmaConfig().curriculum.boundaries() == (0.15, 0.40)
+    parse_args(["--curriculum-enabled", "--seq-len", "512"])
+    parse_args(["--no-curriculum-enabled", "--curriculum-phases", "nonsense"])

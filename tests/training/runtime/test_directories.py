@@ -1,0 +1,83 @@
+"""Run directories are judged by trying, and the trial leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.sigma_llm import SigmaLLM
+from training.config.cli import parse_args
+from training.optimizer import build_optimizer
+from training.runtime import directories
+from training.runtime.directories import (
+    check_directories,
+    checkpoint_bytes,
+    nearest_existing,
+    training_bytes,
+    write_problem,
+)
+from training.runtime.environment import EnvironmentProblem
+
+SMALL = (
+    "--tokenizer-name assets-4k --d-model 128 --n-layers 6 --n-heads 4 --d-ff 384 --seq-len 64 "
+    "--kv-latent-dim 48 --rope-dim 16 --mamba-head-dim 32 --mamba-d-state 16 --mimo-rank 2"
+).split()
+
+
+def test_a_writable_directory_is_probed_without_a_trace(tmp_path):
+    assert write_problem(tmp_path / "deep" / "er") == ""
+    assert list(tmp_path.iterdir()) == []
+    assert nearest_existing(tmp_path / "deep" / "er") == tmp_path
+
+
+def test_what_is_no_directory_or_takes_no_file_is_a_problem(tmp_path):
+    (tmp_path / "file").touch()
+    assert "is not a directory" in write_problem(tmp_path / "file")
+    assert "is not a directory" in write_problem(tmp_path / "file" / "below")
+    assert write_problem(tmp_path / ("x" * 5000))
+    if Path("/proc/self").is_dir():
+        assert write_problem(Path("/proc/self/run"))
+
+
+def test_lack_of_space_names_flag_and_sizes(tmp_path, monkeypatch):
+    config = parse_args([*SMALL, "--output-dir", str(tmp_path), "--checkpoint-dir", str(tmp_path)])
+    needed = 2 * checkpoint_bytes(config)
+    check_directories(config)
+    monkeypatch.setattr(directories, "free_bytes", lambda path: needed - 1)
+    monkeypatch.setattr(directories, "LOG_BYTES", 1)
+    with pytest.raises(EnvironmentProblem, match=r"--checkpoint-dir .* MiB free of about"):
+        check_directories(config)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--optimizer", "adamw"],
+        ["--mamba-ratio", "0"],
+        ["--attention-ratio", "0"],
+        ["--n-routed-experts", "0"],
+        ["--no-tie-embeddings", "--ema-enabled"],
+        ["--engram-enabled", "--engram-layers", "0,3"],
+    ],
+    ids=lambda flags: " ".join(flags) or "hybrid",
+)
+def test_the_estimate_is_close_to_the_built_model(flags):
+    config = parse_args([*SMALL, *flags])
+    model = SigmaLLM(config.model_config(4096), seed=0)
+    optimizer = build_optimizer(model, config.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    moments = sum(
+        value.numel() * 4
+        for state in optimizer.state_dict().values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    copies = 2 if config.ema.enabled else 1
+    assert checkpoint_bytes(config) == pytest.approx(copies * weights + moments, rel=0.1)
+    assert training_bytes(config) - checkpoint_bytes(config) == pytest.approx(weights, rel=0.1)

@@ -1,0 +1,151 @@
+"""SIGMA's only entry: parse, check the machine, do what `--mode` says, return an exit code.
+
+torch is imported after parsing, so that `--help` and a mistake answer at once. Exit codes: 0 done
+or stopped on request, 1 failure with a crash report, 2 usage (nothing has been written), 130
+interrupted before the run began.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import sys
+import traceback
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+from training.config.cli import parse_args
+from training.config.sigma_config import ConfigError, SigmaConfig
+
+UNMARKED = object()
+OWN_PACKAGES = ("evolution", "model", "research", "training")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the program; every expected mistake becomes one line on stderr and exit code 2."""
+    try:
+        config = parse_args(arguments or default_arguments(program_directory()))
+        return dispatch(config)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            raise
+        return refuse(f"{error.name} is not installed: start with python scripts/launch.py train")
+    except (ValueError, RuntimeError, OSError) as error:
+        return refuse(str(error))
+    except KeyboardInterrupt:
+        print("interrupted before the run began", file=sys.stderr)
+        return 130
+
+
+def dispatch(config: SigmaConfig) -> int:
+    """Do what `--mode` says; returns the exit code."""
+    from training.runtime.environment import prepare_caches
+
+    prepare_caches()
+    match config.run.mode:
+        case "train":
+            return train(config)
+        case "plan":
+            from training.modes import plan
+
+            return plan.run(config)
+        case "doctor":
+            from training.modes import doctor
+
+            return doctor.run(config)
+        case "eval":
+            from training.modes import evaluate
+
+            return evaluate.run(config)
+        case "generate":
+            from training.modes import generate
+
+            return generate.run(config)
+        case "report":
+            from training.modes import report
+
+            return report.run(config)
+    raise ConfigError(f"--mode {config.run.mode} is not known")
+
+
+def train(config: SigmaConfig) -> int:
+    """Train; what the machine cannot do is refused before anything is written."""
+    from training.runtime.directories import check_directories
+    from training.runtime.environment import configure_threads, resolve_device
+
+    check_directories(config)
+    resolve_device(config)
+    configure_threads()
+    from training.build import build_trainer
+
+    trainer = build_trainer(config)
+    with ReportedFailure() as failure:
+        trainer.fit()
+    return failure.exit_code
+
+
+class ReportedFailure(AbstractContextManager["ReportedFailure"]):
+    """Ends a failure that `fit` has handled, marked by `error.crash_report`, with exit code 1.
+
+    One line names the report; where none could or should be written (None) the traceback is all
+    there is, so it is shown. Failures without the mark come from before the run and pass through.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        report = getattr(error, "crash_report", UNMARKED)
+        if kind is None or report is UNMARKED:
+            return False
+        if report is None:
+            traceback.print_exception(error)
+        where = "no crash report was written" if report is None else f"details in {report}"
+        print(one_line(f"failed: {kind.__name__}: {error}; {where}"), file=sys.stderr)
+        self.exit_code = 1
+        return True
+
+
+def default_arguments(directory: Path) -> list[str]:
+    """What a start without any argument (a double-click) runs: the first profile beside it."""
+    for name in ("train_sigma_args.txt", "profiles/quickstart.txt"):
+        if (directory / name).is_file():
+            return [f"@{directory / name}"]
+    raise ConfigError(
+        "no arguments, and no train_sigma_args.txt beside the program: give @profile.txt or "
+        "flags; --help lists them"
+    )
+
+
+def program_directory() -> Path:
+    """Folder of the program: of the EXE when frozen."""
+    frozen = getattr(sys, "frozen", False)
+    return Path(sys.executable if frozen else __file__).resolve().parent
+
+
+def refuse(message: str) -> int:
+    print(one_line(f"error: {message}"), file=sys.stderr)
+    return 2
+
+
+def one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def use_utf8_output() -> None:
+    """UTF-8 whatever the console's code page; a pipe shows every line when it is written."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+
+
+if __name__ == "__main__":
+    multiprocessing.freeze_support()
+    use_utf8_output()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,249 @@
+"""The composition root: turns a configuration into a trainer. Wiring only.
+
+Reading order is the order of the run: tokenizer, stream, model, optimizer, services, features,
+trainer. `load_for_inference` is the shorter way for everything that only reads a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.generation import generate
+from model.sigma_llm import SigmaLLM
+from training.config.cli import load_json, write_resolved
+from training.config.sigma_config import ConfigError, SigmaConfig
+from training.data import TokenCorpus, TokenStream, tokenize_corpus, validation_batches
+from training.evaluation import EvalResult, evaluate_bpb
+from training.features import FEATURES
+from training.features.base import Feature, FeatureSet
+from training.optimizer import OptimizerSet
+from training.optimizer import build_optimizer as optimizer_for
+from training.runtime.checkpoint import CheckpointStore
+from training.runtime.environment import (
+    CACHE_DIRECTORY,
+    autocast_dtype,
+    config_hash,
+    configure_threads,
+    resolve_device,
+    seed_everything,
+    versions,
+)
+from training.runtime.recorder import RunRecorder
+from training.runtime.report_html import write_report
+from training.runtime.state_tree import join_state
+from training.runtime.ui import RunDisplay
+from training.sigma_trainer import RunServices, SigmaTrainer
+from training.sources.embedded import EmbeddedCorpus
+from training.tokenizer import Tokenizer
+
+TOKEN_CACHE = CACHE_DIRECTORY / "tokens"
+EVAL_BATCH_TOKENS = 8192
+
+
+def build_tokenizer(config: SigmaConfig) -> Tokenizer:
+    return Tokenizer.from_name(config.data.tokenizer_name)
+
+
+def build_corpus(config: SigmaConfig, tokenizer: Tokenizer) -> TokenCorpus:
+    return tokenize_corpus(EmbeddedCorpus(), tokenizer, cache_dir=TOKEN_CACHE)
+
+
+def build_stream(config: SigmaConfig, corpus: TokenCorpus) -> TokenStream:
+    return TokenStream(
+        corpus,
+        seed=config.run.seed,
+        batch_size=config.data.batch_size,
+        seq_len=config.data.seq_len,
+    )
+
+
+def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:
+    return SigmaLLM(config.model_config(tokenizer.vocab_size), seed=config.run.seed).to(device)
+
+
+def build_optimizer(config: SigmaConfig, model: nn.Module) -> OptimizerSet:
+    return optimizer_for(model, config.optim)
+
+
+def build_evaluator(
+    config: SigmaConfig, corpus: TokenCorpus, device: torch.device
+) -> Callable[[nn.Module], EvalResult]:
+    """Bits per byte on the first `--eval-tokens` of the validation split (0 = all of it)."""
+
+    def evaluate(model: nn.Module) -> EvalResult:
+        batches = validation_batches(
+            corpus,
+            seq_len=config.data.seq_len,
+            batch_size=max(1, EVAL_BATCH_TOKENS // config.data.seq_len),
+            max_tokens=config.eval.eval_tokens or None,
+        )
+        return evaluate_bpb(model, batches, device=device, autocast=build_autocast(config, device))
+
+    return evaluate
+
+
+def build_sampler(
+    config: SigmaConfig, tokenizer: Tokenizer, device: torch.device
+) -> Callable[[nn.Module], str]:
+    """Text the model writes after `--sample-prompt`, from its own generator at every call."""
+    prompt = [tokenizer.end_id, *tokenizer.encode(config.eval.sample_prompt)]
+
+    def sample(model: nn.Module) -> str:
+        tokens = generate(
+            model,
+            torch.tensor([prompt], device=device),
+            max_new_tokens=config.eval.sample_tokens,
+            temperature=config.generate.temperature,
+            top_k=config.generate.top_k,
+            generator=torch.Generator(device=device).manual_seed(config.run.seed),
+            stop_id=tokenizer.end_id,
+        )
+        return tokenizer.decode(tokens[0, 1:].tolist())
+
+    return sample
+
+
+def build_autocast(
+    config: SigmaConfig, device: torch.device
+) -> Callable[[], AbstractContextManager[Any]]:
+    dtype = autocast_dtype(config, device)
+    if dtype is None:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def build_store(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) -> CheckpointStore:
+    return CheckpointStore(
+        Path(config.run.checkpoint_dir),
+        max_checkpoints=config.run.max_checkpoints,
+        fingerprint=resume_fingerprint(config, tokenizer, corpus),
+    )
+
+
+def resume_fingerprint(
+    config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus
+) -> dict[str, str]:
+    """The settings a resumed run must share with the one that saved, by flag name."""
+    model = config.model_config(tokenizer.vocab_size).to_dict()
+    own = {
+        "seed": config.run.seed,
+        "seq-len": config.data.seq_len,
+        "batch-size": config.data.batch_size,
+        "grad-accum-steps": config.data.grad_accum_steps,
+        "optimizer": config.optim.optimizer,
+        "tokenizer-name": tokenizer.sha256,
+    }
+    flags = {f"--{name.replace('_', '-')}": str(value) for name, value in (model | own).items()}
+    return flags | {"corpus": corpus.fingerprint, "state schema": "1"}
+
+
+def build_trainer(
+    config: SigmaConfig, *, features: tuple[type[Feature], ...] = FEATURES
+) -> SigmaTrainer:
+    """Everything `fit` needs, wired. Raises ValueError or RuntimeError before anything is written
+    if the machine or the settings cannot do what is asked."""
+    device = resolve_device(config)
+    configure_threads()
+    seed_everything(config.run.seed)
+    tokenizer = build_tokenizer(config)
+    corpus = build_corpus(config, tokenizer)
+    model = build_model(config, tokenizer, device)
+    autocast = build_autocast(config, device)
+    output_dir = Path(config.run.output_dir)
+    tokens_per_step = (
+        config.data.batch_size * config.data.seq_len * config.data.grad_accum_steps
+    )
+    recorder = RunRecorder(
+        output_dir,
+        display=RunDisplay(),
+        device=device,
+        tokens_per_step=tokens_per_step,
+        ema_beta=config.run.metrics_ema_beta,
+    )
+    services = RunServices(
+        store=build_store(config, tokenizer, corpus),
+        recorder=recorder,
+        scaler=torch.amp.GradScaler(
+            device.type, enabled=autocast_dtype(config, device) is torch.float16
+        ),
+        autocast=autocast,
+        evaluate=build_evaluator(config, corpus, device),
+        sample=build_sampler(config, tokenizer, device),
+        on_open=lambda: write_resolved(config, output_dir),
+        on_checkpoint=write_report,
+        forward_model=compile_model(config, model),
+        start_facts=start_facts(config, model),
+        config_hash=config_hash(config),
+    )
+    return SigmaTrainer(
+        config,
+        model=model,
+        optimizer=build_optimizer(config, model),
+        stream=build_stream(config, corpus),
+        features=FeatureSet(features, config, seed=config.run.seed),
+        services=services,
+        device=device,
+    )
+
+
+def compile_model(config: SigmaConfig, model: nn.Module) -> Callable[..., Any]:
+    precision = config.precision
+    if not precision.torch_compile:
+        return model
+    return torch.compile(
+        model,
+        backend=precision.torch_compile_backend,
+        mode=precision.torch_compile_mode,
+        dynamic=precision.torch_compile_dynamic,
+        fullgraph=precision.torch_compile_fullgraph,
+    )
+
+
+def start_facts(config: SigmaConfig, model: SigmaLLM) -> dict[str, Any]:
+    """Columns of the start-up row: what was built, of which versions."""
+    counts = model.num_parameters()
+    return {
+        "torch_initial_seed": torch.initial_seed(),
+        "parameters_total": counts["total"],
+        "parameters_active": counts["active"],
+        "torch_compile_enabled": int(config.precision.torch_compile),
+        **{f"version_{name}": value for name, value in versions().items()},
+    }
+
+
+def load_for_inference(config: SigmaConfig) -> tuple[SigmaLLM, Tokenizer, int]:
+    """Model, tokenizer and step of the newest valid checkpoint of a run directory.
+
+    The model's shape comes from `<output_dir>/config.json`, not from today's flags. Reads only.
+    """
+    saved = Path(config.run.output_dir) / "config.json"
+    if not saved.is_file():
+        raise ConfigError(f"--output-dir {config.run.output_dir} holds no run (no config.json)")
+    trained = load_json(saved)
+    device = resolve_device(config)
+    tokenizer = build_tokenizer(trained)
+    checkpoint = CheckpointStore.newest_for_inference(Path(config.run.checkpoint_dir))
+    if checkpoint is None:
+        raise ConfigError(
+            f"--checkpoint-dir {config.run.checkpoint_dir} holds no valid checkpoint; train first"
+        )
+    model = SigmaLLM(trained.model_config(tokenizer.vocab_size), seed=0)
+    model.load_state_dict(join_state(checkpoint.tensors["model"], checkpoint.state["model"]))
+    if config.generate.weights == "ema":
+        _load_average(model, checkpoint.tensors["features"], checkpoint.state["features"])
+    return model.to(device).eval(), tokenizer, checkpoint.step
+
+
+def _load_average(model: SigmaLLM, tensors: dict[str, Any], plain: Any) -> None:
+    shadow = join_state(tensors, plain).get("ema", {"state": {"shadow": {}}})["state"]["shadow"]
+    if not shadow:
+        raise ConfigError("--weights ema: this run kept no average; train with --ema-enabled")
+    model.load_state_dict(shadow, strict=False)
+
+

@@ -1,0 +1,213 @@
+"""The settings of a run, grouped by what they belong to; names and defaults are FLAGS.md's.
+
+A setting stands here only if something reads it. Ranges of a single value are declared with it;
+rules between settings live in `SigmaConfig.validate`, rules about a network's shape in
+`SigmaModelConfig.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import DISPATCH_MODES, GATE_PRECISIONS, QUANT_MODES, RESIDUAL_LAYOUTS
+from training.config.fields import ConfigError, flag
+
+MODES = ("train", "plan", "doctor", "eval", "generate", "report")
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    mode: str = flag("train", "What to do with the run.", choices=MODES)
+    device: str = flag("cuda", "Torch device: auto (CUDA if there is one), cpu, cuda or cuda:N.")
+    require_cuda: bool = flag(True, "Refuse to start without CUDA.")
+    seed: int = flag(1337, "Master random seed.", minimum=0, maximum=2**63 - 1)
+    steps: int = flag(2000, "Number of optimizer steps of the run.", minimum=1)
+    log_interval: int = flag(10, "Write a metrics.jsonl row every N steps.", minimum=1)
+    output_dir: str = flag("runs/sigma", "Run directory: metrics, errors, report.", is_path=True)
+    checkpoint_dir: str = flag("checkpoints", "Directory of checkpoint_step_*.", is_path=True)
+    save_interval: int = flag(100, "Save a checkpoint every N steps.", minimum=1)
+    max_checkpoints: int = flag(5, "Number of newest valid checkpoints kept.", minimum=2)
+    no_resume: bool = flag(False, "Start fresh instead of resuming the newest valid checkpoint.")
+    json: bool = flag(False, "Print the result of plan, doctor, eval or generate as JSON.")
+    proof_mode: bool = flag(False, "Fail at the end if an enabled feature never had an effect.")
+    crash_report_enabled: bool = flag(True, "Write errors/crash_step_*.json on a failure.")
+    metrics_ema_beta: float = flag(
+        0.90, "Decay per step of loss_ema and tokens_per_s_ema.", minimum=0.0, below=1.0
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    tokenizer_name: str = flag(
+        "assets", "Vocabulary: assets (= assets-32k), assets-4k, or a tokenizer.json.", is_path=True
+    )
+    seq_len: int = flag(512, "Sequence length in tokens.", minimum=2, maximum=2**20)
+    batch_size: int = flag(4, "Sequences per micro-batch.", minimum=1, maximum=2**20)
+    grad_accum_steps: int = flag(1, "Micro-batches per optimizer step.", minimum=1, maximum=2**20)
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """Fields carry the names and defaults of model.config.SigmaModelConfig."""
+
+    d_model: int = flag(768, "Residual width.", minimum=1, maximum=2**20)
+    n_heads: int = flag(12, "Attention heads (head width = d_model / n_heads).", minimum=1)
+    n_layers: int = flag(18, "Number of blocks.", minimum=1, maximum=10**4)
+    mamba_ratio: int = flag(5, "Mamba blocks per pattern period.", minimum=0, maximum=10**4)
+    attention_ratio: int = flag(1, "MLA blocks per pattern period.", minimum=0, maximum=10**4)
+    residual_layout: str = flag("standard", "Residual form of a block.", choices=RESIDUAL_LAYOUTS)
+    dropout: float = flag(0.0, "Dropout probability.", minimum=0.0, below=1.0)
+    tie_embeddings: bool = flag(True, "Use the embedding as the LM head's weight.")
+    quant_mode: str = flag(
+        "bitnet_1_58", "BitLinear weights: ternary, or none (full precision).", choices=QUANT_MODES
+    )
+    bitlinear_group_size: int = flag(
+        0, "Weights per scale along the input; 0 = one scale per output row.", minimum=0
+    )
+    kv_latent_dim: int = flag(128, "Width of MLA's latent keys and values.", minimum=1)
+    rope_dim: int = flag(32, "Width of the shared rotary key.", minimum=2)
+    diff_attention_enabled: bool = flag(True, "Differential MLA; off = plain MLA.")
+    diff_attention_lambda_init: float = flag(0.35, "Initial lambda per token and head.")
+    diff_attention_lambda_min: float = flag(0.05, "Lower bound of lambda.")
+    diff_attention_lambda_max: float = flag(1.20, "Upper bound of lambda.")
+    mamba_expand: int = flag(2, "Inner width of a Mamba block / d_model.", minimum=1, maximum=64)
+    mamba_head_dim: int = flag(64, "Channels per Mamba head.", minimum=1)
+    mamba_d_state: int = flag(128, "State width per Mamba head.", minimum=1)
+    mamba_chunk_len: int = flag(128, "Tokens per chunk of the scan.", minimum=1)
+    mimo_rank: int = flag(4, "MIMO rank of the Mamba block.", minimum=1)
+    mamba_step_scale: float = flag(0.05, "Initial value of the learnable Mamba residual scale.")
+    d_ff: int = flag(3072, "Active FFN width; an expert has d_ff / (n_shared + top_k).", minimum=1)
+    n_shared_experts: int = flag(1, "Always-on experts.", minimum=0, maximum=10**4)
+    n_routed_experts: int = flag(
+        8, "Routed experts; 0 = one dense SwiGLU of width d_ff.", minimum=0, maximum=10**4
+    )
+    moe_top_k: int = flag(2, "Routed experts per token.", minimum=1, maximum=10**4)
+    moe_dispatch_mode: str = flag(
+        "grouped", "Expert dispatch; all are numerically equal.", choices=DISPATCH_MODES
+    )
+    router_balance_lr: float = flag(
+        1e-3, "Step of the selection bias per optimizer step.", minimum=0.0
+    )
+    router_jitter_noise: float = flag(
+        0.01, "Relative multiplicative router noise in training.", minimum=0.0, below=1.0
+    )
+    moe_gate_precision: str = flag(
+        "bf16", "Storage of the gate weights; arithmetic is fp32.", choices=GATE_PRECISIONS
+    )
+    rib_router_enabled: bool = flag(True, "Add the RIB regulariser and router temperature.")
+    rib_info_weight: float = flag(0.03, "Weight of the information term.", minimum=0.0)
+    rib_collapse_penalty: float = flag(0.08, "Weight of the max-min probability term.", minimum=0.0)
+    rib_confidence_weight: float = flag(0.03, "Weight of the confidence term.", minimum=0.0)
+    rib_temp_gain: float = flag(
+        0.55, "Gain of the router temperature, which stays in [0.8, 1.35].", minimum=0.0
+    )
+    engram_enabled: bool = flag(False, "Add hashed n-gram memories (Engram).")
+    engram_orders: tuple[int, ...] = flag(
+        (2, 3, 4), "Lengths of the hashed n-grams in tokens.", minimum=1, maximum=64
+    )
+    engram_heads: int = flag(4, "Hash functions per n-gram length.", minimum=1, maximum=64)
+    engram_buckets: int = flag(3072, "Rows per hash table.", minimum=1)
+    engram_dim: int = flag(112, "Width of a table row.", minimum=1)
+    engram_layers: tuple[int, ...] = flag(
+        (1,), "Blocks that read the memory, counted from 0.", minimum=0
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    optimizer: str = flag("muon", "Optimizer of the weight matrices.", choices=("adamw", "muon"))
+    lr: float = flag(3e-3, "Peak learning rate.", above=0.0)
+    adam_lr: float = flag(
+        1e-3, "Peak learning rate of what the Muon split leaves to Adam.", above=0.0
+    )
+    weight_decay: float = flag(
+        0.02, "Decoupled weight decay in the first half of the run.", minimum=0.0
+    )
+    grad_clip: float = flag(1.0, "Global gradient-norm limit.", above=0.0)
+    warmup_steps: int = flag(100, "Steps of linear learning-rate warm-up.", minimum=0)
+    warmdown_fraction: float = flag(
+        0.5, "Final share of the run with a falling learning rate.", minimum=0.0, maximum=1.0
+    )
+    lr_final_ratio: float = flag(
+        0.05, "Learning rate of the last step / peak.", minimum=0.0, maximum=1.0
+    )
+    muon_strict_split: bool = flag(True, "Send 2-D tensors that are no projections to Adam.")
+    muon_exclude_embeddings: bool = flag(True, "Keep embeddings on Adam.")
+    muon_exclude_lm_head: bool = flag(True, "Keep the LM head on Adam.")
+    muon_max_orthogonalized_dim: int = flag(8192, "Larger dimensions go to Adam.", minimum=1)
+    gn_ns_steps: int = flag(5, "Newton-Schulz steps of Muon.", minimum=1, maximum=50)
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalConfig:
+    eval_interval: int = flag(
+        500, "Steps between evaluations in bits per byte; 0 = only at the end.", minimum=0
+    )
+    eval_tokens: int = flag(
+        65536, "Validation tokens per evaluation; 0 = the whole split.", minimum=0
+    )
+    sample_interval: int = flag(500, "Steps between sample texts; 0 = only at the end.", minimum=0)
+    sample_prompt: str = flag("The ", "Beginning of the sample text.")
+    sample_tokens: int = flag(64, "Length of the sample text in tokens.", minimum=1)
+
+
+@dataclass(slots=True, kw_only=True)
+class PrecisionConfig:
+    precision: str = flag(
+        "auto",
+        "Autocast on CUDA; auto = bf16 where supported, else fp16. CPU computes in fp32.",
+        choices=("auto", "bf16", "fp16"),
+    )
+    no_amp: bool = flag(False, "Disable autocast (fp32).")
+    torch_compile: bool = flag(True, "Compile the model.")
+    torch_compile_backend: str = flag("inductor", "Compiler back end.")
+    torch_compile_mode: str = flag("default", "Compiler mode.")
+    torch_compile_dynamic: bool = flag(True, "Dynamic shapes.")
+    torch_compile_fullgraph: bool = flag(False, "Require a single graph.")
+
+
+@dataclass(slots=True, kw_only=True)
+class EmaConfig:
+    enabled: bool = flag(False, "Keep an exponential moving average of the weights.")
+    decay: float = flag(0.997, "Decay per step.", above=0.0, below=1.0)
+    start_fraction: float = flag(
+        0.4, "Share of the run after which the average starts.", minimum=0.0, below=1.0
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class CurriculumConfig:
+    enabled: bool = flag(False, "Train on shorter rows first, at constant tokens per step.")
+    phases: str = flag(
+        "0.15,0.40", "Shares of the run at which the row length doubles, ending at seq_len."
+    )
+
+    def boundaries(self) -> tuple[float, ...]:
+        """The phases as increasing fractions in (0, 1); ConfigError when they are not."""
+        try:
+            values = tuple(float(item) for item in self.phases.split(","))
+        except ValueError:
+            values = ()
+        inside = all(0.0 < value < 1.0 for value in values)
+        if not values or not inside or list(values) != sorted(set(values)):
+            raise ConfigError(
+                "--curriculum-phases takes increasing fractions between 0 and 1, such as "
+                f"0.15,0.40, not {self.phases!r}"
+            )
+        return values
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerateConfig:
+    eval_file: str = flag("", "Text file that --mode eval measures.", is_path=True)
+    prompt: str = flag("", "Text that --mode generate continues.")
+    max_new_tokens: int = flag(128, "Most tokens that --mode generate writes.", minimum=1)
+    temperature: float = flag(
+        0.8, "Sampling temperature, also of sample texts; 0 = greedy.", minimum=0.0
+    )
+    top_k: int = flag(40, "Sample among the k likeliest tokens; 0 = all.", minimum=0)
+    weights: str = flag(
+        "last",
+        "Weights that eval and generate use: the last, or their average.",
+        choices=("last", "ema"),
+    )

@@ -1,0 +1,86 @@
+"""The configuration of a run: all sections, and every rule that needs no machine to check.
+
+What depends on the machine (CUDA, memory, directories) is `training/runtime/environment.py`'s.
+"""
+
+# ruff: noqa: RUF009  (`section` returns a dataclass field with a factory, not a shared default)
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+from model.config import SigmaModelConfig
+from training.config.fields import ConfigError, iter_flags, section
+from training.config.sections import (
+    CurriculumConfig,
+    DataConfig,
+    EmaConfig,
+    EvalConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimConfig,
+    PrecisionConfig,
+    RunConfig,
+)
+
+__all__ = ["ConfigError", "SigmaConfig"]
+
+DEVICE_PATTERN = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+
+@dataclass(slots=True, kw_only=True)
+class SigmaConfig:
+    """Every setting of `train_sigma.py`, by section."""
+
+    run: RunConfig = section(RunConfig, title="Run and device")
+    data: DataConfig = section(DataConfig, title="Tokenizer and batch")
+    model: ModelConfig = section(ModelConfig, title="Model")
+    optim: OptimConfig = section(OptimConfig, title="Optimizer and schedule")
+    eval: EvalConfig = section(EvalConfig, title="Evaluation and samples while training")
+    precision: PrecisionConfig = section(PrecisionConfig, title="Precision and compilation")
+    ema: EmaConfig = section(EmaConfig, title="Weight average", prefix="ema")
+    curriculum: CurriculumConfig = section(
+        CurriculumConfig, title="Sequence-length curriculum", prefix="curriculum"
+    )
+    generate: GenerateConfig = section(GenerateConfig, title="Evaluating and generating")
+
+    def model_config(self, vocab_size: int) -> SigmaModelConfig:
+        """Shape of the network for a tokenizer of `vocab_size` tokens."""
+        values = {f.name: getattr(self.model, f.name) for f in fields(ModelConfig)}
+        return SigmaModelConfig(vocab_size=vocab_size, **values)
+
+    def validate(self) -> SigmaConfig:
+        """Check every value and every rule between values; ConfigError is one line."""
+        for flag in iter_flags(SigmaConfig):
+            part = getattr(self, flag.section)
+            setattr(part, flag.field, flag.check(getattr(part, flag.field)))
+        self._validate_run()
+        self._validate_curriculum()
+        try:
+            self.model_config(vocab_size=SigmaModelConfig().vocab_size).validate()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return self
+
+    def _validate_run(self) -> None:
+        run = self.run
+        if not DEVICE_PATTERN.fullmatch(run.device):
+            raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, not {run.device!r}")
+        for name in ("output_dir", "checkpoint_dir"):
+            if not getattr(run, name).strip():
+                raise ConfigError(f"--{name.replace('_', '-')} must name a directory")
+        if not self.data.tokenizer_name.strip():
+            raise ConfigError("--tokenizer-name must not be empty; the shipped one is assets")
+
+    def _validate_curriculum(self) -> None:
+        if not self.curriculum.enabled:
+            return
+        boundaries, seq_len = self.curriculum.boundaries(), self.data.seq_len
+        divisor = 2 ** len(boundaries)
+        if seq_len % divisor or seq_len // divisor < 2:
+            raise ConfigError(
+                f"--curriculum-phases with {len(boundaries)} values cut rows to seq_len/{divisor}: "
+                f"--seq-len must be a multiple of {divisor} of at least {2 * divisor}, "
+                f"not {seq_len}"
+            )

@@ -1,0 +1,84 @@
+"""`--mode eval`: bits per byte of the newest checkpoint, on a file or on the validation split."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from training.build import (
+    EVAL_BATCH_TOKENS,
+    build_autocast,
+    build_corpus,
+    load_for_inference,
+)
+from training.config.cli import load_json
+from training.config.sigma_config import SigmaConfig
+from training.data import Batch, text_batches, validation_batches
+from training.evaluation import evaluate_bpb
+from training.runtime.environment import configure_threads, resolve_device
+from training.tokenizer import Tokenizer
+
+
+def run(config: SigmaConfig) -> int:
+    """Measure and print; ValueError says in one line what is missing. Reads only."""
+    content = _read_file(config.generate.eval_file)
+    device = resolve_device(config)
+    configure_threads()
+    model, tokenizer, step = load_for_inference(config)
+    trained = load_json(Path(config.run.output_dir) / "config.json")
+    batches = _batches(config, trained, tokenizer=tokenizer, content=content)
+    start = time.perf_counter()
+    result = evaluate_bpb(model, batches, device=device, autocast=build_autocast(config, device))
+    seconds = time.perf_counter() - start
+    report = {
+        "checkpoint_step": step,
+        "text": config.generate.eval_file or "validation split",
+        **asdict(result),
+        "tokens_per_s": result.num_tokens / max(seconds, 1e-9),
+    }
+    print(json.dumps(report) if config.run.json else _sentences(report))
+    return 0
+
+
+def _read_file(name: str) -> bytes | None:
+    """Content of `--eval-file`, None when the flag is not given."""
+    if not name:
+        return None
+    try:
+        content = Path(name).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"--eval-file {name}: {error.strerror or error}; give a readable text file"
+        ) from error
+    if not content:
+        raise ValueError(f"--eval-file {name} is empty; give a text file with at least one byte")
+    return content
+
+
+def _batches(
+    config: SigmaConfig, trained: SigmaConfig, *, tokenizer: Tokenizer, content: bytes | None
+) -> Iterator[Batch]:
+    """The text in windows of the length the model was trained with."""
+    seq_len = trained.data.seq_len
+    batch_size = max(1, EVAL_BATCH_TOKENS // seq_len)
+    if content is not None:
+        return text_batches(content, tokenizer=tokenizer, seq_len=seq_len, batch_size=batch_size)
+    return validation_batches(
+        build_corpus(trained, tokenizer),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        max_tokens=config.eval.eval_tokens or None,
+    )
+
+
+def _sentences(report: dict[str, Any]) -> str:
+    return (
+        f"{report['bpb']:.4f} bits per byte on {report['text']} "
+        f"({report['num_bytes']:,} bytes, {report['num_tokens']:,} tokens)\n"
+        f"loss {report['loss']:.4f} nats per token, checkpoint of step "
+        f"{report['checkpoint_step']}, {report['tokens_per_s']:,.0f} tokens/s"
+    )

@@ -1,0 +1,286 @@
+"""`--mode plan`: will it fit, how fast is it, when is it done? Measured, not guessed.
+
+Builds the real model and optimizer on the real device and runs a few real steps on random tokens
+(the speed does not depend on which). Writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.build import (
+    build_autocast,
+    build_model,
+    build_optimizer,
+    build_tokenizer,
+    compile_model,
+)
+from training.config.sigma_config import SigmaConfig
+from training.runtime.directories import free_bytes
+from training.runtime.environment import GIB, EnvironmentProblem, configure_threads, resolve_device
+
+MEASURED_STEPS = 3
+MIB = 2**20
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """What a run costs. Bytes unless the name says otherwise.
+
+    activation_bytes: what one micro-batch keeps for its backward pass. peak_bytes: the device
+    allocator's maximum, None on a CPU. micro_step_s: forward and backward of one micro-batch, each
+    measured. optimizer_step_s: clip, update and bookkeeping. Evaluation and saving come on top.
+    """
+
+    device: str
+    parameters_total: int
+    parameters_active: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    average_bytes: int
+    activation_bytes: int
+    peak_bytes: int | None
+    micro_step_s: list[float]
+    optimizer_step_s: list[float]
+    step_s: float
+    tokens_per_step: int
+    tokens_per_s: float
+    steps: int
+    total_tokens: int
+    total_s: float
+    checkpoint_bytes: int
+    checkpoints_bytes: int
+    disk_free_bytes: int
+
+
+def run(config: SigmaConfig) -> int:
+    """Measure and print; EnvironmentProblem when the model does not fit on the device."""
+    configure_threads()
+    device = resolve_device(config)
+    try:
+        plan = measure(config, device)
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentProblem(
+            f"this run does not fit on {device}: {str(error).partition('. ')[0]}",
+            "lower --batch-size (and raise --grad-accum-steps), --seq-len or the model's size",
+        ) from None
+    if config.run.json:
+        print(json.dumps(asdict(plan)))
+    else:
+        print_plan(plan)
+    return 0
+
+
+def measure(config: SigmaConfig, device: torch.device) -> Plan:
+    """Build, warm up with one step that also counts activations, then time three steps."""
+    tokenizer = build_tokenizer(config)
+    model = build_model(config, tokenizer, device).train()
+    optimizer = build_optimizer(config, model)
+    stepper = _Stepper(config, model=model, optimizer=optimizer, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with SavedTensors(model) as saved:
+        stepper.forward_backward()
+    gradient_bytes = sum(_size(p.grad) for p in model.parameters() if p.grad is not None)
+    stepper.update()
+    times = [(stepper.forward_backward(), stepper.update()) for _ in range(MEASURED_STEPS)]
+    micro, update = [pair[0] for pair in times], [pair[1] for pair in times]
+
+    counts, run_config, data = model.num_parameters(), config.run, config.data
+    weights = sum(_size(tensor) for tensor in [*model.parameters(), *model.buffers()])
+    average = sum(_size(p) for p in model.parameters()) if config.ema.enabled else 0
+    moments = sum(map(_size, _tensors(optimizer.state_dict())))
+    checkpoint = sum(map(_size, _tensors(model.state_dict()))) + moments + average
+    step_s = data.grad_accum_steps * statistics.median(micro) + statistics.median(update)
+    tokens = data.batch_size * data.seq_len * data.grad_accum_steps
+    return Plan(
+        device=_device_name(device),
+        parameters_total=counts["total"],
+        parameters_active=counts["active"],
+        weight_bytes=weights,
+        gradient_bytes=gradient_bytes,
+        optimizer_bytes=moments,
+        average_bytes=average,
+        activation_bytes=saved.num_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        micro_step_s=micro,
+        optimizer_step_s=update,
+        step_s=step_s,
+        tokens_per_step=tokens,
+        tokens_per_s=tokens / step_s,
+        steps=run_config.steps,
+        total_tokens=tokens * run_config.steps,
+        total_s=step_s * run_config.steps,
+        checkpoint_bytes=checkpoint,
+        checkpoints_bytes=checkpoint * (run_config.max_checkpoints + 1),
+        disk_free_bytes=free_bytes(Path(run_config.checkpoint_dir)),
+    )
+
+
+class SavedTensors:
+    """Counts what autograd keeps for the backward pass: distinct storages, parameters excluded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+        self._known |= {tensor.untyped_storage().data_ptr() for tensor in model.buffers()}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, _unchanged)
+        self.num_bytes = 0
+
+    def __enter__(self) -> SavedTensors:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._hooks.__exit__(*failure)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._known.add(storage.data_ptr())
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+
+class _Stepper:
+    """Steps a model on random tokens, in the order of SigmaTrainer.train_step."""
+
+    def __init__(
+        self, config: SigmaConfig, *, model: Any, optimizer: Any, device: torch.device
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self._forward: Callable[..., Any] = compile_model(config, model)
+        self._autocast = build_autocast(config, device)
+        self._clip = config.optim.grad_clip
+        self._accumulation = config.data.grad_accum_steps
+        self._shape = (config.data.batch_size, config.data.seq_len + 1)
+        self._generator = torch.Generator().manual_seed(config.run.seed)
+
+    def forward_backward(self) -> float:
+        """One micro-batch; its seconds."""
+        vocab_size = self.model.config.vocab_size
+        tokens = torch.randint(vocab_size, self._shape, generator=self._generator)  # (B, T + 1)
+        tokens = tokens.to(self.device)
+        reset_mask = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)  # (B, T)
+        reset_mask[:, 0] = True
+        start = self._now()
+        with self._autocast():
+            output = self._forward(tokens[:, :-1], reset_mask=reset_mask, labels=tokens[:, 1:])
+        loss = torch.stack([output.loss, *output.aux.values()]).float().sum()
+        (loss / self._accumulation).backward()
+        return self._now() - start
+
+    def update(self) -> float:
+        """One optimizer step on the gradients there are; its seconds."""
+        start = self._now()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        self.optimizer.step()
+        self.model.after_optimizer_step()
+        self.optimizer.zero_grad()
+        return self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan as a table on a terminal and as plain lines elsewhere."""
+    rows = plan_rows(plan)
+    if not sys.stdout.isatty():
+        for name, value in rows:
+            print(f"{name}: {value}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="SIGMA plan", title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    Console().print(table)
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    """Every figure with its unit, in reading order."""
+    memory = [
+        ("weights", plan.weight_bytes),
+        ("gradients", plan.gradient_bytes),
+        ("optimizer state", plan.optimizer_bytes),
+        ("weight average", plan.average_bytes),
+        ("activations of a micro-batch", plan.activation_bytes),
+    ]
+    total = sum(size for _, size in memory)
+    enough = "enough" if plan.disk_free_bytes >= plan.checkpoints_bytes else "NOT ENOUGH"
+    micro = ", ".join(f"{seconds * 1e3:.0f}" for seconds in plan.micro_step_s)
+    update = statistics.median(plan.optimizer_step_s) * 1e3
+    peak = [] if plan.peak_bytes is None else [("measured peak", plan.peak_bytes)]
+    return [
+        ("device", plan.device),
+        ("parameters", f"{plan.parameters_total:,} ({plan.parameters_active:,} active)"),
+        *(
+            (f"memory, {name}", f"{size / MIB:,.1f} MiB")
+            for name, size in [*memory, ("sum", total), *peak]
+        ),
+        ("micro-steps", f"{micro} ms"),
+        ("optimizer step", f"{update:.0f} ms"),
+        ("speed", f"{plan.tokens_per_s:,.0f} tokens/s at {plan.tokens_per_step:,} tokens a step"),
+        (
+            "time",
+            f"{format_duration(plan.total_s)} for {plan.steps:,} steps "
+            f"({plan.total_tokens:,} tokens), evaluation and saving not counted",
+        ),
+        (
+            "disk",
+            f"{plan.checkpoints_bytes / GIB:.2f} GiB for checkpoints of "
+            f"{plan.checkpoint_bytes / MIB:,.1f} MiB; {plan.disk_free_bytes / GIB:.1f} GiB "
+            f"free, {enough}",
+        ),
+    ]
+
+
+def format_duration(seconds: float) -> str:
+    """The two largest units of a duration: `3 d 4 h`, `12 min 5 s`."""
+    rest = round(seconds)
+    parts = []
+    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count or parts or name == "s":
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """All tensors of nested dicts and lists."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict | list | tuple):
+        return []
+    return [tensor for child in children for tensor in _tensors(child)]
+
+
+def _device_name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{device} ({name}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,118 @@
+"""Whether the directories of a run can take what it will write, asked before anything is written.
+
+Permission bits say little (root, read-only mounts, Windows), so the nearest existing directory is
+probed with a temporary file that has vanished again when the answer is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from model.config import SigmaModelConfig
+from training.config.sigma_config import SigmaConfig
+from training.runtime.environment import EnvironmentProblem
+
+MIB = 2**20
+LOG_BYTES = 16 * MIB
+# One checkpoint is being written while the newest one must stay (RELIABILITY 2).
+CHECKPOINTS_AT_ONCE = 2
+VOCAB_SIZES = {"assets-4k": 4096}
+
+
+def check_directories(config: SigmaConfig) -> None:
+    """EnvironmentProblem when a run directory is not writable or clearly lacks space."""
+    run = config.run
+    needs = (
+        ("--output-dir", run.output_dir, LOG_BYTES),
+        ("--checkpoint-dir", run.checkpoint_dir, CHECKPOINTS_AT_ONCE * checkpoint_bytes(config)),
+    )
+    for flag, directory, needed in needs:
+        problem = write_problem(Path(directory))
+        if problem:
+            raise EnvironmentProblem(
+                f"{flag} {directory} cannot be written: {problem}", f"choose another {flag}"
+            )
+        free = free_bytes(Path(directory))
+        if free < needed:
+            raise EnvironmentProblem(
+                f"{flag} {directory} has {free // MIB} MiB free of about {needed // MIB} needed",
+                f"free space or choose another {flag}",
+            )
+
+
+def write_problem(directory: Path) -> str:
+    """Why no file can be made in `directory` or in what it would be made in; "" if one can."""
+    try:
+        parent = nearest_existing(directory)
+        if not parent.is_dir():
+            return f"{parent} is not a directory"
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(b"\0")
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or the first of its parents that exists; OSError if that cannot be told."""
+    path = path.absolute()
+    while not path.exists() and path.parent != path:
+        path = path.parent
+    return path
+
+
+def free_bytes(directory: Path) -> int:
+    """Free space of the file system that `directory` is or would be on."""
+    return shutil.disk_usage(nearest_existing(directory)).free
+
+
+def checkpoint_bytes(config: SigmaConfig) -> int:
+    """About how large one checkpoint is: fp32 weights, optimizer moments, the average if kept.
+
+    A close estimate from the shape alone (`--mode plan` has the exact figure of the built model);
+    AdamW's two moments are assumed for every parameter that Muon does not take.
+    """
+    model = config.model_config(_vocab_size(config))
+    matrices, tables = matrix_parameters(model), table_parameters(model)
+    moments = 1 if config.optim.optimizer == "muon" else 2
+    copies = 2 if config.ema.enabled else 1
+    return 4 * ((copies + moments) * matrices + (copies + 2) * tables)
+
+
+def training_bytes(config: SigmaConfig) -> int:
+    """About how much memory weights, gradients and optimizer state take, without activations."""
+    model = config.model_config(_vocab_size(config))
+    return checkpoint_bytes(config) + 4 * (matrix_parameters(model) + table_parameters(model))
+
+
+def matrix_parameters(model: SigmaModelConfig) -> int:
+    """About how many parameters the blocks have: their projections, not norms and gates."""
+    d = model.d_model
+    kinds = model.layer_kinds()
+    if model.n_routed_experts:
+        num_experts = model.n_shared_experts + model.n_routed_experts
+        ffn = 3 * d * model.d_expert * num_experts
+    else:
+        ffn = 3 * d * model.d_ff
+    heads = model.mamba_heads
+    state = 2 * model.mamba_d_state * model.mimo_rank
+    mamba = d * (2 * model.d_inner + state + 2 * heads) + model.d_inner * d
+    queries = d * model.n_heads * (model.d_head + model.rope_dim)
+    latent = d * (model.kv_latent_dim + model.rope_dim)
+    attention = queries + latent + 2 * model.kv_latent_dim * d + d * d
+    return sum(ffn + (mamba if kind == "mamba" else attention) for kind in kinds)
+
+
+def table_parameters(model: SigmaModelConfig) -> int:
+    """Parameters of the embedding, an untied head and the n-gram tables."""
+    tables = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
+    if model.engram_enabled:
+        rows = len(model.engram_orders) * model.engram_heads * model.engram_buckets
+        tables += rows * model.engram_dim * len(model.engram_layers)
+    return tables
+
+
+def _vocab_size(config: SigmaConfig) -> int:
+    return VOCAB_SIZES.get(config.data.tokenizer_name, SigmaModelConfig().vocab_size)

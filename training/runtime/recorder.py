@@ -1,0 +1,188 @@
+"""Turns steps into evidence: metrics rows, the status file, samples, the live display.
+
+One row per log step, every value read from the device in one go. What a resumed run must continue
+(token count, moving averages, the length of metrics.jsonl) is this object's state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.context import Metric, StepContext
+from training.runtime.clock import PhaseClock
+from training.runtime.environment import memory_readings
+from training.runtime.metrics import MetricsLog, write_status
+from training.runtime.ui import RunDisplay
+
+
+class RunRecorder:
+    """Writes `<output_dir>/metrics.jsonl`, `status_latest.json` and `samples.jsonl`."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        display: RunDisplay,
+        device: torch.device,
+        tokens_per_step: int,
+        ema_beta: float,
+    ) -> None:
+        self.output_dir = output_dir
+        self.display = display
+        self.last_row: dict[str, Any] = {}
+        self._device = device
+        self._tokens_per_step = tokens_per_step
+        self._beta = ema_beta
+        self._log: MetricsLog | None = None
+        self._loss_ema: torch.Tensor | None = None
+        self._loss_ema_weight = 0.0
+        self._speed_ema: float | None = None
+        self._wall_before = 0.0
+        self._opened = self._last_row_time = time.perf_counter()
+        self._last_row_step = 0
+
+    def open(self, *, metrics_offset: int | None) -> None:
+        """Start a new metrics file, or continue one that a checkpoint knows the length of."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._log = MetricsLog(self.output_dir / "metrics.jsonl")
+        self._log.resume(0 if metrics_offset is None else metrics_offset)
+        if metrics_offset is None:
+            (self.output_dir / "samples.jsonl").unlink(missing_ok=True)
+
+    def write_start_row(self, step: int, facts: dict[str, Any]) -> None:
+        """The row of step 0, or of the step a resumed run starts from."""
+        self._last_row_step, self._last_row_time = step, time.perf_counter()
+        if step == 0:
+            self._write({"step": 0, "time_utc": _now(), "tokens_total": 0, **facts})
+
+    def observe(self, ctx: StepContext) -> None:
+        """Fold a finished step into the moving averages; no device read."""
+        assert ctx.train_loss is not None
+        loss = ctx.train_loss.detach()
+        self._loss_ema_weight = self._beta * self._loss_ema_weight + (1.0 - self._beta)
+        previous = torch.zeros_like(loss) if self._loss_ema is None else self._loss_ema
+        self._loss_ema = self._beta * previous + (1.0 - self._beta) * loss
+
+    def write_row(self, ctx: StepContext, clock: PhaseClock, extra: dict[str, Any]) -> None:
+        """The metrics row of a logged step."""
+        start = time.perf_counter()
+        seconds = max(1e-9, start - self._last_row_time)
+        steps = max(1, ctx.step - self._last_row_step)
+        effective = steps * self._tokens_per_step / seconds
+        self._speed_ema = (
+            effective
+            if self._speed_ema is None
+            else self._beta * self._speed_ema + (1.0 - self._beta) * effective
+        )
+        assert self._loss_ema is not None
+        phases = _phases(clock)
+        row = {
+            "step": ctx.step,
+            "time_utc": _now(),
+            "wall_s": self.wall_seconds(),
+            "tokens_total": ctx.step * self._tokens_per_step,
+            "train_loss": _number(ctx.train_loss),
+            "loss_ema": _number(self._loss_ema / self._loss_ema_weight),
+            "grad_norm": _number(ctx.grad_norm),
+            "core_step_time_s": phases["phase_train_s"],
+            "core_tokens_per_s": self._tokens_per_step / max(1e-9, phases["phase_train_s"]),
+            "effective_step_time_s": seconds / steps,
+            "effective_tokens_per_s": effective,
+            "tokens_per_s_ema": self._speed_ema,
+            **phases,
+            **{name: _number(value) for name, value in ctx.metrics.items()},
+            **extra,
+            **memory_readings(self._device),
+        }
+        row["phase_metrics_s"] = time.perf_counter() - start
+        self._last_row_step, self._last_row_time = ctx.step, time.perf_counter()
+        self._write(row)
+        self.display.update(row)
+
+    def write_sample(self, step: int, text: str) -> None:
+        line = json.dumps({"step": step, "text": text}, ensure_ascii=True)
+        with (self.output_dir / "samples.jsonl").open("a", encoding="utf-8", newline="\n") as file:
+            file.write(line + "\n")
+        self.display.sample(text)
+
+    def wall_seconds(self) -> float:
+        """Wall time of the run so far, over all its processes."""
+        return self._wall_before + time.perf_counter() - self._opened
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flushes metrics.jsonl to disk: a checkpoint must not point behind its end."""
+        assert self._log is not None
+        self._log.fsync()
+        return {
+            "metrics_offset": self._log.offset,
+            "loss_ema": self._loss_ema,
+            "loss_ema_weight": self._loss_ema_weight,
+            "speed_ema": self._speed_ema,
+            "wall_s": self.wall_seconds(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loss_ema = state["loss_ema"]
+        if self._loss_ema is not None:
+            self._loss_ema = self._loss_ema.to(self._device)
+        self._loss_ema_weight = state["loss_ema_weight"]
+        self._speed_ema = state["speed_ema"]
+        self._wall_before = state["wall_s"]
+        self._opened = time.perf_counter()
+
+    def rewind(self, state: dict[str, Any]) -> None:
+        """Go back to a checkpoint's records; rows written since are kept as an orphan file."""
+        assert self._log is not None
+        self._log.resume(state["metrics_offset"])
+        wall = self.wall_seconds()
+        self.load_state_dict(state)
+        self._wall_before = wall
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        self.display.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        assert self._log is not None
+        self._log.append(row)
+        write_status(self.output_dir / "status_latest.json", row)
+        self.last_row = row
+
+
+def _phases(clock: PhaseClock) -> dict[str, float]:
+    """Span seconds under their metric names, with the identities of FLAGS section 5."""
+    spent = clock.seconds
+    parts = {name: spent.get(name, 0.0) for name in ("forward", "backward", "opt_step")}
+    zero_grad, other = spent.get("zero_grad", 0.0), spent.get("features", 0.0)
+    optim = parts["backward"] + parts["opt_step"] + zero_grad
+    return {
+        "phase_data_s": spent.get("data", 0.0),
+        "phase_train_s": parts["forward"] + optim + other,
+        "phase_forward_s": parts["forward"],
+        "phase_optim_s": optim,
+        "phase_backward_s": parts["backward"],
+        "phase_opt_step_s": parts["opt_step"],
+        "phase_zero_grad_s": zero_grad,
+        "phase_train_other_s": other,
+    }
+
+
+def _number(value: Metric | None) -> float | None:
+    if value is None:
+        return None
+    if callable(value) and not isinstance(value, torch.Tensor):
+        value = value()
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
