@@ -37,8 +37,8 @@ def context_documents(context: SequenceContext, *, continued: bool = False) -> T
     """Document number of every position, (B, T) int32, PADDING where invalid.
 
     None where everything belongs to one document and is valid. `continued`: earlier tokens exist,
-    so that a start at the first position separates something. Off the CPU given masks count as
-    non-trivial: looking inside would wait for the device.
+    so that a start at the first position separates something. Off the CPU, and while compiling,
+    given masks count as non-trivial: looking inside would wait for the device or cut the graph.
     """
     key = f"documents_{continued}"
     if key not in context.cache:
@@ -48,10 +48,11 @@ def context_documents(context: SequenceContext, *, continued: bool = False) -> T
 
 def _build_documents(context: SequenceContext, *, first: int) -> Tensor | None:
     resets, valid = context.reset_mask, context.valid_mask
-    if resets is not None and resets.device.type == "cpu" and not resets[:, first:].any():
-        resets = None
-    if valid is not None and valid.device.type == "cpu" and valid.all():
-        valid = None
+    if context.positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        if resets is not None and not resets[:, first:].any():
+            resets = None
+        if valid is not None and valid.all():
+            valid = None
     if resets is not None:
         documents = resets.cumsum(dim=1, dtype=torch.int32)
     elif valid is not None:

@@ -5,10 +5,12 @@ per group and rounds activations to int8 per token, so that the trained function
 model computes. Nothing is cached between forwards: ternarising costs a few passes over the weight,
 and no cache key sees writes through `.data`.
 
-In fp32 the product uses the dequantised values and both roundings are identity-gradient functions
-in front of an ordinary matrix product: the elementwise passes cost about 3 % of the three products.
-In bf16/fp16 the product runs on the integer codes, which those types hold exactly, and the
-scales are applied to its result.
+Products run on codes, not on dequantised values: sums of int8 times ternary codes are integers
+below 2^24, which fp32 adds without rounding in any order. A token's output is therefore the same
+to the bit whatever other rows stand in the product (prefill, decode, any batch), where a last-bit
+difference would be blown up to a whole int8 step by the next layer's rounding. The scales are
+applied to the product. With several scale groups per row they cannot be, and dequantised values
+are multiplied. In bf16/fp16 codes matter once more: those types hold them exactly.
 
 Sources: BitNet 2310.11453, b1.58 2402.17764; least-squares scale 1605.04711 (ternary weight nets).
 """
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 EPS = 1e-12
 _TINY = 1e-30
@@ -114,6 +117,48 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight) if weight.dim() == 2 else torch.matmul(x, weight.mT)
 
 
+class _ExactProduct(torch.autograd.Function):
+    """y = sx (cx q^T) alpha in fp32 or fp64 with integer codes cx and q, one scale per row.
+
+    dx = dy (alpha q) and dW = (dy sx)^T cx.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        codes, scale = ternarize(weight)
+        codes = codes.to(x.dtype)
+        peak = _token_peak(x)
+        x_codes = (x * (127.0 / peak)).round_()
+        x_scale = peak / 127.0  # (..., 1)
+        ctx.save_for_backward(x_codes, x_scale, codes, scale)
+        ctx.weight_dtype = weight.dtype
+        return _product(x_codes, codes).mul_(x_scale).mul_(_row_scale(scale).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_codes, x_scale, codes, scale = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.matmul(grads[0], codes * scale.to(codes.dtype))
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(grads[0] * x_scale, x_codes, codes.dim())
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_x, grad_weight
+
+
+def _row_scale(scale: Tensor) -> Tensor:
+    """Scales (..., out, 1) as a factor of outputs: (out,), or (..., 1, out) if stacked."""
+    return scale.squeeze(-1) if scale.dim() == 2 else scale.mT
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight_dim: int) -> Tensor:
+    """grad^T x over the tokens, (..., out, in)."""
+    if weight_dim == 2:
+        grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    return torch.matmul(grad.mT, x)
+
+
 class _CodeProduct(torch.autograd.Function):
     """y = (sx cx) (alpha q)^T with the product in a 16-bit type on the codes cx and q.
 
@@ -131,9 +176,7 @@ class _CodeProduct(torch.autograd.Function):
             codes = codes * expand_scale(scale, weight.shape[-1], group_size)
             row_scale = None
         else:
-            row_scale = scale.mT.float()  # (..., 1, out)
-            if weight.dim() == 2:
-                row_scale = row_scale.squeeze(0)
+            row_scale = _row_scale(scale).float()
         codes = codes.to(dtype)
         if quantize:
             values = x.float()
@@ -150,6 +193,7 @@ class _CodeProduct(torch.autograd.Function):
         return _scaled(_product(x_codes, codes), x_scale, row_scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x_codes, codes, x_scale, row_scale = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
@@ -160,10 +204,8 @@ class _CodeProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if x_scale is not None:
                 x_codes = x_codes.to(grad.dtype) * _CODE_UNIT
-            left = _scaled(grad, x_scale, None)
-            if codes.dim() == 2:
-                left, x_codes = left.flatten(0, -2), x_codes.flatten(0, -2)
-            grad_weight = torch.matmul(left.mT, x_codes).to(weight_dtype)
+            grad_weight = _weight_gradient(_scaled(grad, x_scale, None), x_codes, codes.dim())
+            grad_weight = grad_weight.to(weight_dtype)
         return grad_x, grad_weight, None, None, None
 
 
@@ -194,6 +236,8 @@ def bit_linear(
     dtype = _compute_dtype(x)
     if dtype in (torch.bfloat16, torch.float16):
         return _CodeProduct.apply(x, weight, group_size, quantize_activations, dtype)
+    if quantize_activations and not 0 < group_size < weight.shape[-1]:
+        return _ExactProduct.apply(x, weight)
     if quantize_activations:
         x = quantize_tokens(x)
     return _product(x, ternary_weight(weight, group_size).to(x.dtype))

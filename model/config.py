@@ -105,8 +105,33 @@ class SigmaModelConfig:
         """Check every rule between fields; ValueError names the flag and the mend."""
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "kv_latent_dim"):
             _require(getattr(self, name) > 0, name, "must be positive")
+        for name, allowed in (
+            ("quant_mode", QUANT_MODES),
+            ("residual_layout", RESIDUAL_LAYOUTS),
+            ("moe_dispatch_mode", DISPATCH_MODES),
+            ("moe_gate_precision", GATE_PRECISIONS),
+        ):
+            value = getattr(self, name)
+            _require(value in allowed, name, f"is {value!r}; choose one of {', '.join(allowed)}")
+        _require(0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1)")
+        self._validate_attention()
+        self._validate_mamba()
+        self._validate_experts()
+        self._validate_engram()
+        return self
+
+    def _validate_attention(self) -> None:
         _require(self.d_model % self.n_heads == 0, "n_heads", "must divide --d-model")
         _require(self.rope_dim > 0 and self.rope_dim % 2 == 0, "rope_dim", "must be even, > 0")
+        _require(
+            self.diff_attention_lambda_min
+            < self.diff_attention_lambda_init
+            < self.diff_attention_lambda_max,
+            "diff_attention_lambda_init",
+            "must lie strictly between --diff-attention-lambda-min and -max",
+        )
+
+    def _validate_mamba(self) -> None:
         _require(
             self.mamba_ratio >= 0
             and self.attention_ratio >= 0
@@ -126,49 +151,35 @@ class SigmaModelConfig:
             "mamba_d_state",
             "must be a positive multiple of 4 (pairs of the rotated half)",
         )
-        if self.n_routed_experts:
-            active = self.n_shared_experts + self.moe_top_k
-            _require(
-                1 <= self.moe_top_k <= self.n_routed_experts,
-                "moe_top_k",
-                "must lie between 1 and --n-routed-experts",
-            )
-            _require(
-                self.d_ff % active == 0,
-                "d_ff",
-                f"must be a multiple of --n-shared-experts + --moe-top-k = {active}",
-            )
-        low, init, high = (
-            self.diff_attention_lambda_min,
-            self.diff_attention_lambda_init,
-            self.diff_attention_lambda_max,
+
+    def _validate_experts(self) -> None:
+        if not self.n_routed_experts:
+            return
+        active = self.n_shared_experts + self.moe_top_k
+        _require(
+            1 <= self.moe_top_k <= self.n_routed_experts,
+            "moe_top_k",
+            "must lie between 1 and --n-routed-experts",
         )
         _require(
-            low < init < high,
-            "diff_attention_lambda_init",
-            "must lie strictly between --diff-attention-lambda-min and -max",
+            self.d_ff % active == 0,
+            "d_ff",
+            f"must be a multiple of --n-shared-experts + --moe-top-k = {active}",
         )
-        _require(0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1)")
-        for name, allowed in (
-            ("quant_mode", QUANT_MODES),
-            ("residual_layout", RESIDUAL_LAYOUTS),
-            ("moe_dispatch_mode", DISPATCH_MODES),
-            ("moe_gate_precision", GATE_PRECISIONS),
-        ):
-            value = getattr(self, name)
-            _require(value in allowed, name, f"is {value!r}; choose one of {', '.join(allowed)}")
-        if self.engram_enabled:
-            _require(
-                all(0 <= layer < self.n_layers for layer in self.engram_layers),
-                "engram_layers",
-                "must name blocks between 0 and --n-layers - 1",
-            )
-            _require(
-                len(self.engram_orders) > 0 and min(self.engram_orders) >= 1,
-                "engram_orders",
-                "must be n-gram orders of at least 1",
-            )
-        return self
+
+    def _validate_engram(self) -> None:
+        if not self.engram_enabled:
+            return
+        _require(
+            all(0 <= layer < self.n_layers for layer in self.engram_layers),
+            "engram_layers",
+            "must name blocks between 0 and --n-layers - 1",
+        )
+        _require(
+            len(self.engram_orders) > 0 and min(self.engram_orders) >= 1,
+            "engram_orders",
+            "must be n-gram orders of at least 1",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values; tuples become lists."""

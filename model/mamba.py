@@ -96,7 +96,8 @@ class Mamba(nn.Module):
     def __init__(self, config: SigmaModelConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.mamba_heads, config.mamba_head_dim
-        self.d_inner, self.d_state, self.rank = config.d_inner, config.mamba_d_state, config.mimo_rank
+        self.d_inner, self.d_state = config.d_inner, config.mamba_d_state
+        self.rank = config.mimo_rank
         self.chunk_len, self.eps = config.mamba_chunk_len, config.norm_eps
         self.num_angles = int(self.d_state * config.mamba_rope_fraction) // 2
         self.trapezoid = config.mamba_trapezoid
@@ -128,8 +129,8 @@ class Mamba(nn.Module):
     @torch.no_grad()
     def reset_control(self) -> None:
         """Set the control projection to its initial values; nothing is random."""
-        steps = _log_spaced(*DT_RANGE, self.num_heads)
-        angles = _log_spaced(*reversed(FREQUENCY_RANGE), self.num_angles)
+        steps = _log_spaced(DT_RANGE[0], DT_RANGE[1], self.num_heads)
+        angles = _log_spaced(FREQUENCY_RANGE[1], FREQUENCY_RANGE[0], self.num_angles)
         bias = torch.zeros(sum(self.control_sizes), dtype=torch.float64)
         bias[: self.num_heads] = steps + torch.log(-torch.expm1(-steps))  # softplus inverse
         bias[bias.numel() - self.num_angles :] = torch.atanh(angles / math.pi)
@@ -145,17 +146,18 @@ class Mamba(nn.Module):
         """
         inputs, z = self.scan_inputs(x)
         reset, valid = context.reset_mask, context.valid_mask
-        if state is not None and x.shape[1] == 1:
-            y, new_state = mamba_step(inputs, state, reset_mask=reset, valid_mask=valid)
-        else:
-            y, new_state = mamba_scan(
-                inputs,
-                chunk_len=self.chunk_len,
-                reset_mask=reset,
-                valid_mask=valid,
-                state=state,
-                masks=self._masks(context, inputs.x),
-            )
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            if state is not None and x.shape[1] == 1:
+                y, new_state = mamba_step(inputs, state, reset_mask=reset, valid_mask=valid)
+            else:
+                y, new_state = mamba_scan(
+                    inputs,
+                    chunk_len=self.chunk_len,
+                    reset_mask=reset,
+                    valid_mask=valid,
+                    state=state,
+                    masks=self._masks(context, inputs.x),
+                )
         if self.training and torch.is_grad_enabled():
             self._note(inputs, new_state)
         mixed = _GatedRankNorm.apply(y, z, self.rank_out, self.rank_gate, self.eps)

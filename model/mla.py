@@ -10,7 +10,8 @@ The differential variant doubles the queries only: heads 2i and 2i+1 attend the 
 values, and out_i = A1 v - lambda A2 v with lambda per token and head.
 
 Decisions: all four projections of the input run as one product (their ternary scales are per row,
-so concatenation changes nothing; one rounding of the input and one input gradient instead of four);
+so concatenation changes nothing; one rounding of the input and one input gradient instead of four:
+9 % less time on CPU at d_model 256; the two up-projections gain nothing and stay apart);
 sub_norm is a learnable RMSNorm over the concatenated heads, as in BitNet b1.58 2B4T, not one per
 head; attention probabilities are not dropped out.
 
@@ -272,7 +273,7 @@ class MLA(nn.Module):
         blocked: Tensor | None,
     ) -> Tensor:
         batch, num_keys = latent.shape[:2]
-        k, v = fused_linear(latent, (self.k_content_up, self.v_up))
+        k, v = self.k_content_up(latent), self.v_up(latent)
         k = k.view(batch, num_keys, self.heads, self.d_head).transpose(1, 2)
         v = v.view(batch, num_keys, self.heads, self.d_head).transpose(1, 2)
         shared = rotary_key.unsqueeze(1).expand(-1, self.heads, -1, -1)

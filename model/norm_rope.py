@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.sequence import SequenceContext
 
@@ -37,6 +38,7 @@ class _RmsNorm(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         width = x.shape[-1]
@@ -115,10 +117,8 @@ def context_rope_table(
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-1.0)
-    torch.mul(second, cos, out=y[..., half:]).addcmul_(first, sin)
-    return y
+    turned_first = (first * cos).addcmul_(second, sin, value=-1.0)
+    return torch.cat((turned_first, (second * cos).addcmul_(first, sin)), dim=-1)
 
 
 class _Rope(torch.autograd.Function):

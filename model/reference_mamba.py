@@ -45,7 +45,7 @@ def mamba_scan_reference(
     A reset at t zeroes state, previous term and angle before step t. A step that is not valid
     leaves all three as they are; its output means nothing.
     """
-    batch, length = inputs.x.shape[:2]
+    length = inputs.x.shape[1]
     state = MambaState.zeros(inputs) if state is None else state
     h, prev_b, prev_x = state.h, state.prev_b, state.prev_x
     angle = state.angle.double()

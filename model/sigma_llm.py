@@ -21,6 +21,7 @@ from model.config import SigmaModelConfig
 from model.cross_entropy import linear_cross_entropy
 from model.engram import Engram
 from model.initialization import initialize
+from model.mla import MLA
 from model.moe import Experts, MoE
 from model.norm_rope import RMSNorm
 from model.sequence import SequenceContext
@@ -137,6 +138,20 @@ class SigmaTrunk(nn.Module):
         for module in self.modules():
             if isinstance(module, MoE):
                 module.apply_balance_update()
+
+    def discard_step(self) -> None:
+        """Forget the routing statistics of a step whose update is not applied."""
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.reset_statistics()
+
+    def differential_attention_acted(self) -> Tensor:
+        """0-d bool, unread: whether every differential layer subtracted and got lambda gradient.
+
+        For use between backward and zero_grad.
+        """
+        active = [m.differential_active() for m in self.modules() if isinstance(m, MLA)]
+        return torch.stack(active).all() if active else torch.zeros((), dtype=torch.bool)
 
 
 class SigmaLLM(SigmaTrunk):

@@ -197,9 +197,7 @@ def turn_pairs(x: Tensor, angle: Tensor) -> Tensor:
     return _TurnPairs.apply(x, angle)
 
 
-def running_angles(
-    theta: Tensor, segments: Tensor | None, start: Tensor | None
-) -> Tensor:
+def running_angles(theta: Tensor, segments: Tensor | None, start: Tensor | None) -> Tensor:
     """Sum of theta (B, T, J) since the start of each step's document, in [0, 2 pi).
 
     start (B, J) is the angle before the first step; segments (B, T) counts resets. Summed in fp64:

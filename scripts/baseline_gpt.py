@@ -182,7 +182,7 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
         self.step += 1
         self.seconds += time.perf_counter() - start
 
@@ -209,12 +209,13 @@ class Run:
             "parameters": self.model.num_parameters(),
             "eval_tokens": result.num_tokens,
             "eval_bytes": result.num_bytes,
+            "d_ff": self.model.config.d_ff,
             **{name: getattr(options, name) for name in REPORTED},
         }
 
 
 REPORTED = (
-    "optimizer lr adam_lr weight_decay schedule warmup_steps d_model layers heads d_ff seq_len "
+    "optimizer lr adam_lr weight_decay schedule warmup_steps d_model layers heads seq_len "
     "batch_size seed tokenizer_name"
 ).split()
 

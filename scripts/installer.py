@@ -79,7 +79,8 @@ class Installer:
         self.check_space(self.packages.needs_bytes)
         # Inside an environment sys.executable is the very file that is about to be replaced.
         python = getattr(sys, "_base_executable", None) or sys.executable
-        self.run([python, "-m", "venv", "--clear", str(self.venv)], doing="making an empty .venv")
+        doing = "emptying the old .venv" if self.venv.exists() else "making an empty .venv"
+        self.run([python, "-m", "venv", "--clear", str(self.venv)], doing=doing)
 
     def install(self) -> None:
         """Bring the packages of the lockfile into the environment and see PyTorch import."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.bitlinear import BitLinear
+from model.moe import Experts
 from training.config.sections import OptimConfig
 from training.optim.muon import Muon
 
@@ -31,25 +33,35 @@ def parameter_role(name: str, param: Tensor) -> str:
     return "matrix" if param.dim() >= 2 else "scalar"
 
 
-def takes_muon(name: str, param: Tensor, settings: OptimConfig) -> bool:
-    """Whether the split rules of the `--muon-*` flags send this parameter to Muon."""
+def projection_names(model: nn.Module) -> set[str]:
+    """Names of the weights that map activations: those of BitLinear layers and of experts."""
+    return {
+        f"{owner}.{name}" if owner else name
+        for owner, module in model.named_modules()
+        if isinstance(module, BitLinear | Experts)
+        for name, param in module.named_parameters(recurse=False)
+        if param.dim() >= 2
+    }
+
+
+def takes_muon(name: str, param: Tensor, settings: OptimConfig, *, projections: set[str]) -> bool:
+    """Whether the split rules of the `--muon-*` flags send this parameter to Muon.
+
+    The strict split takes projections only: convolutions, routers, gates and per-head tables are
+    2-D too, but are no maps between activations whose singular values mean something.
+    """
     role = parameter_role(name, param)
     if param.dim() < 2 or role == "engram":
         return False
-    if role == "embed" and settings.muon_exclude_embeddings:
-        return False
-    if role == "head" and settings.muon_exclude_lm_head:
-        return False
-    if settings.muon_strict_split and not _is_projection(name, param):
+    if role in ("embed", "head"):
+        excluded = (
+            settings.muon_exclude_embeddings if role == "embed" else settings.muon_exclude_lm_head
+        )
+        if excluded:
+            return False
+    elif settings.muon_strict_split and name not in projections:
         return False
     return max(param.shape[-2:]) <= settings.muon_max_orthogonalized_dim
-
-
-def _is_projection(name: str, param: Tensor) -> bool:
-    """Convolutions, routers and per-head tables are 2-D too, but map no activations."""
-    excluded = ("conv", "router", "gate_lambda", "bias", "rank")
-    return not any(part in name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1]
-                   for part in excluded) if "." in name else param.dim() >= 2
 
 
 class OptimizerSet:
@@ -113,7 +125,10 @@ def build_optimizer(model: nn.Module, settings: OptimConfig) -> OptimizerSet:
     """Optimizer of `model` under the `--optimizer` family of flags."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     use_muon = settings.optimizer == "muon"
-    muon = [item for item in named if use_muon and takes_muon(*item, settings)]
+    projections = projection_names(model)
+    muon = [
+        item for item in named if use_muon and takes_muon(*item, settings, projections=projections)
+    ]
     muon_names = {name for name, _ in muon}
     adam = [item for item in named if item[0] not in muon_names]
     parts: list[torch.optim.Optimizer] = []

@@ -18,7 +18,7 @@ from torch import nn
 
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
-from training.data import TokenStream
+from training.data import Batch, TokenStream
 from training.evaluation import EvalResult
 from training.features.base import FeatureSet
 from training.nonfinite import NonFiniteGuard, Verdict
@@ -111,7 +111,7 @@ class SigmaTrainer:
         for micro in range(accumulation):
             ctx.micro = micro
             with self.clock("data"):
-                ctx.batch = self.stream.next_batch().to(self.device, non_blocking=True)
+                ctx.batch = _moved(self.stream.next_batch(), self.device)
             with self.clock("features"):
                 self.features.run("on_batch", ctx)
             with self.clock("forward"):
@@ -319,8 +319,8 @@ class SigmaTrainer:
                 feature_state=self.features.metrics(),
                 config_hash=self.services.config_hash,
             )
-        if path is not None:
-            error.crash_report = path  # type: ignore[attr-defined]
+        # Also when it is None: the entry tells a failed run from a refused one by this mark.
+        error.crash_report = path  # type: ignore[attr-defined]
 
     def _close(self) -> None:
         self.features.close()
@@ -335,6 +335,14 @@ class SigmaTrainer:
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    names = ("input_ids", "labels", "reset_mask", "source_ids")
+    moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in names}
+    return replace(batch, **moved)
 
 
 def _metrics_offset(state: dict[str, Any] | None) -> int | None:

@@ -88,6 +88,9 @@ class FileOps:
     def read(self, descriptor: int, size: int) -> bytes:
         return os.read(descriptor, size)
 
+    def seek(self, descriptor: int, position: int) -> None:
+        os.lseek(descriptor, position, os.SEEK_SET)
+
     def size(self, descriptor: int) -> int:
         return os.fstat(descriptor).st_size
 
@@ -104,6 +107,11 @@ class FileOps:
                 if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
                     raise
         os.fsync(descriptor)
+
+    def drop_cache(self, descriptor: int) -> None:
+        """Forget the flushed pages of a file, so that reading it back asks the medium."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self, descriptor: int) -> None:
         os.close(descriptor)
@@ -182,6 +190,7 @@ def write_file(
             write_all(ops, descriptor, part)
         if durable:
             ops.fsync(descriptor)
+            ops.drop_cache(descriptor)
     except BaseException:
         close_quietly(ops, descriptor)
         raise

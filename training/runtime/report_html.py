@@ -8,7 +8,6 @@ Fields named `reference_bpb_<name>` become lines to compare the quality with.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from markupsafe import Markup
 from training.report.chart import Chart, Curve, Reference, line_chart, stacked_chart
 from training.report.page import STYLE, TEMPLATE
 from training.report.record import RunRecord, Sample, read_run
+from training.runtime.atomic_io import FileOps, replace_file
 from training.runtime.text import (
     format_duration,
     format_number,
@@ -91,12 +91,8 @@ def write_report(output_dir: Path) -> Path:
     """
     record = read_run(output_dir, columns=COLUMNS)
     path = output_dir / REPORT_NAME
-    unfinished = path.with_suffix(".html.tmp")
-    try:
-        unfinished.write_text(render(record, name=output_dir.resolve().name), encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    content = render(record, name=output_dir.resolve().name).encode()
+    replace_file(FileOps(), path, content, durable=False)
     return path
 
 

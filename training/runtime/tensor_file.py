@@ -112,7 +112,7 @@ def encode_tensors(host: HostTensors) -> Iterator[bytes | memoryview]:
     yield len(text).to_bytes(8, "little") + text
     for name in order:
         if host.tensors[name].numel():
-            yield memoryview(host.tensors[name].reshape(-1).view(torch.uint8).numpy())
+            yield host.tensors[name].reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_tensors(ops: FileOps, path: Path) -> dict[str, Tensor]:

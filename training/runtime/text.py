@@ -42,7 +42,7 @@ def format_quantity(value: float) -> str:
     for size, unit in _UNITS:
         if abs(value) >= 0.9995 * size:
             scaled = value / size
-            digits = max(0, 2 - int(math.log10(max(1.0, abs(scaled) + 5e-3))))
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
             return f"{scaled:.{digits}f}{unit}"
     return f"{value:.0f}" if value == int(value) else f"{value:.3g}"
 

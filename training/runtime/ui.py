@@ -8,7 +8,9 @@ silent: a run of days does not end with its window.
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -67,13 +69,23 @@ class StepRate:
         return total / sum(steps for steps, _ in gaps)
 
 
+class RunConsole(Console):
+    """rich's console, but for what it does when its reader is gone: it would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        if self.file is sys.stdout:
+            # Nothing can be flushed there any more; Python would complain at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunDisplay:
     """The run as a person sees it. Every method may be called at any time, also after `close`."""
 
     def __init__(
         self, *, console: Console | None = None, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self._console = console or Console(highlight=False, markup=False, emoji=False)
+        self._console = console or RunConsole(highlight=False, markup=False, emoji=False)
         self._now = now
         self._live: Live | None = None
         self._silent = False

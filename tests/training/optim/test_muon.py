@@ -11,7 +11,8 @@ def test_singular_values_come_close_to_one(shape):
     """Condition number 20: five steps lift a singular value by 485 at most."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, values, vh = torch.linalg.svd(noise, full_matrices=False)
-    updates = u @ torch.diag_embed(torch.linspace(0.05, 1.0, values.size(-1)).expand_as(values)) @ vh
+    spectrum = torch.linspace(0.05, 1.0, values.size(-1)).expand_as(values)
+    updates = u @ torch.diag_embed(spectrum) @ vh
     values = torch.linalg.svdvals(orthogonalize(updates, num_steps=5))
     assert values.min() > 0.6 and values.max() < 1.25
 

@@ -1,0 +1,203 @@
+"""metrics.jsonl: one JSON object per step, each step once, readable after any crash.
+
+A row is one write at the end of the file. What a crash tears off the last row is cut when the file
+is opened; what a resumed run will write again is moved to `metrics.orphan-N.jsonl`, so the file
+tells one history and nothing measured is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from training.runtime.atomic_io import (
+    CHUNK_BYTES,
+    DISK_FULL,
+    FileOps,
+    close_quietly,
+    make_dirs,
+    replace_file,
+    write_all,
+    write_file,
+)
+
+TAIL_BYTES = 2**16
+STATUS_WAIT_S = 0.5
+_NEWLINE = b"\n"
+
+_LOG = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Appends rows to a file that is repaired on opening.
+
+    While the disk is full, rows are kept in memory and written before the next one.
+    """
+
+    def __init__(self, path: Path, *, ops: FileOps | None = None) -> None:
+        self.path = path
+        self._ops = ops or FileOps()
+        self._waiting: list[bytes] = []
+        make_dirs(self._ops, path.parent)
+        self._descriptor = self._ops.open_append(path)
+        self._offset = self._ops.size(self._descriptor)
+        self._repair()
+
+    @property
+    def offset(self) -> int:
+        """Bytes of whole rows in the file; what a checkpoint stores to resume from."""
+        return self._offset
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write a row; non-finite numbers become null. TypeError for a value JSON has no word for.
+
+        Raises OSError if the file cannot be written, except on a full disk.
+        """
+        self._waiting.append(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + _NEWLINE)
+        self._flush()
+
+    def fsync(self) -> None:
+        """Put the rows of `offset` on the medium; rows that wait for disk space are not in it."""
+        self._flush()
+        try:
+            self._ops.fsync(self._descriptor)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            _LOG.warning("disk full: rows of %s are not safe yet", self.path)
+
+    def resume(self, offset: int) -> Path | None:
+        """Cut the file at a checkpoint's offset; the file the rows behind it were moved to.
+
+        An offset beyond the end (rows that a power loss took) keeps all there is; one inside a row
+        moves that row too.
+        """
+        self._waiting.clear()
+        if offset >= self._offset:
+            if offset > self._offset:
+                _LOG.warning("%s lost %d bytes of rows", self.path, offset - self._offset)
+            return None
+        data = self._read(0, self._offset)
+        cut = 0 if offset <= 0 else data.rfind(_NEWLINE, 0, offset) + 1
+        orphan = self._write_orphan(data[cut:])
+        self._truncate(cut)
+        return orphan
+
+    def close(self) -> None:
+        """Write what waits, as far as the disk takes it, and close the file."""
+        if self._descriptor < 0:
+            return
+        try:
+            self._flush()
+        finally:
+            descriptor, self._descriptor = self._descriptor, -1
+            self._ops.close(descriptor)
+        if self._waiting:
+            _LOG.warning("%d rows of %s were lost: disk full", len(self._waiting), self.path)
+
+    def _flush(self) -> None:
+        while self._waiting:
+            try:
+                write_all(self._ops, self._descriptor, self._waiting[0])
+            except OSError as error:
+                self._truncate(self._offset)
+                if error.errno not in DISK_FULL:
+                    raise
+                if len(self._waiting) == 1:
+                    _LOG.warning("disk full: rows of %s wait in memory", self.path)
+                return
+            self._offset += len(self._waiting.pop(0))
+
+    def _repair(self) -> None:
+        """Cut everything behind the last whole row; a whole row without its newline gets one."""
+        size, window = self._offset, TAIL_BYTES
+        while True:
+            start = max(0, size - window)
+            end, complete = _last_row_end(self._read(start, size), at_file_start=start == 0)
+            if end is not None or start == 0:
+                break
+            window *= 4
+        end = start + end if end is not None else 0
+        if end < size:
+            _LOG.warning("%s ended in %d torn bytes, now cut", self.path, size - end)
+            self._truncate(end)
+        if not complete:
+            write_all(self._ops, self._descriptor, _NEWLINE)
+            self._offset += 1
+
+    def _read(self, start: int, end: int) -> bytes:
+        """Bytes of the file; a descriptor of its own, as appending ones have no read position."""
+        descriptor = self._ops.open_read(self.path)
+        try:
+            self._ops.seek(descriptor, start)
+            parts, left = [], end - start
+            while left > 0 and (part := self._ops.read(descriptor, min(CHUNK_BYTES, left))):
+                parts.append(part)
+                left -= len(part)
+        finally:
+            close_quietly(self._ops, descriptor)
+        return b"".join(parts)
+
+    def _truncate(self, size: int) -> None:
+        self._ops.truncate(self._descriptor, size)
+        self._offset = size
+
+    def _write_orphan(self, rows: bytes) -> Path:
+        number = 1
+        while True:
+            path = self.path.with_name(f"{self.path.stem}.orphan-{number}{self.path.suffix}")
+            try:
+                write_file(self._ops, path, [rows])
+            except FileExistsError:
+                number += 1
+                continue
+            self._ops.sync_dir(path.parent)
+            return path
+
+
+def write_status(path: Path, row: Mapping[str, Any], *, ops: FileOps | None = None) -> bool:
+    """Replace the status file at one stroke; False if that failed now and the old one stands.
+
+    Not flushed, and on Windows not waited for while a viewer has it open: the next row comes soon.
+    """
+    if ops is None:
+        ops = FileOps()
+        ops.transient_wait_s = STATUS_WAIT_S
+    data = orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_INDENT_2)
+    try:
+        replace_file(ops, path, data + _NEWLINE, durable=False)
+    except OSError as error:
+        _LOG.warning("%s was not updated: %s", path, error.strerror or error)
+        return False
+    return True
+
+
+def _last_row_end(data: bytes, *, at_file_start: bool) -> tuple[int | None, bool]:
+    """Where the last whole row ends in the tail of a file, and whether its newline is there.
+
+    None: no row in this part. The piece before the first newline counts only at the file's start,
+    elsewhere it may be the rest of a row.
+    """
+    end = len(data)
+    while end > 0:
+        start = data.rfind(_NEWLINE, 0, end) + 1
+        if start == end:  # the newline of the row before
+            start = data.rfind(_NEWLINE, 0, end - 1) + 1
+        if start == 0 and not at_file_start:
+            return None, True
+        line = data[start:end].rstrip(b"\0")  # a file system may grow the file before it fills it
+        if _is_row(line):
+            return start + len(line), line.endswith(_NEWLINE)
+        end = start
+    return None, True
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except orjson.JSONDecodeError:
+        return False
