@@ -214,17 +214,11 @@ class SigmaForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values
         if use_cache and cache is None:
             cache = SigmaCache()
-        state = None if cache is None else cache.state
-        hidden, aux, new_state = self.model.run(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            reset_mask=_document_starts(position_ids) if state is None else None,
-            valid_mask=_valid_tokens(attention_mask, source.shape[1]),
-            state=state,
-            use_cache=use_cache,
-        )
-        if cache is not None and new_state is not None:
-            cache.state = new_state
+        masks = {
+            "valid_mask": _valid_tokens(attention_mask, source.shape[1]),
+            "reset_mask": None if cache and cache.state else _document_starts(position_ids),
+        }
+        hidden, aux = self._run_trunk(input_ids, inputs_embeds, cache, masks)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden if labels is not None else hidden[:, kept]).float()
         aux_loss = torch.stack(list(aux.values())).sum() if aux else None
@@ -241,6 +235,25 @@ class SigmaForCausalLM(PreTrainedModel, GenerationMixin):
         )
         output = MoeCausalLMOutputWithPast(**values)
         return output.to_tuple() if return_dict is False else output
+
+    def _run_trunk(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache: SigmaCache | None,
+        masks: dict[str, Tensor | None],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden values and aux losses; the cache, if there is one, is moved on."""
+        hidden, aux, state = self.model.run(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            state=None if cache is None else cache.state,
+            use_cache=cache is not None,
+            **masks,
+        )
+        if cache is not None:
+            cache.state = state
+        return hidden, aux
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

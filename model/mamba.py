@@ -122,6 +122,7 @@ class Mamba(nn.Module):
             self.rank_in = nn.Parameter(torch.full((heads, rank, width), 1.0 / rank))
             self.rank_gate = nn.Parameter(torch.ones(heads, rank, width))
         self.step_scale = nn.Parameter(torch.tensor(float(config.mamba_step_scale)))
+        self.last_means: Tensor
         # Means of the last training forward: state norm, dt, decay.
         self.register_buffer("last_means", torch.zeros(3), persistent=False)
         self.reset_control()

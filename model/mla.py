@@ -96,8 +96,9 @@ class LatentCache:
     def _extensible(self, count: int, new: Tensor) -> bool:
         fits = self.length + count <= self.latent.shape[1]
         newest = self.watermark.taken == self.length
-        differentiable = torch.is_grad_enabled() and (
-            self.latent.requires_grad or new.requires_grad
+        # Writing into a tensor that a graph holds would spoil that graph's backward.
+        differentiable = self.latent.requires_grad or (
+            torch.is_grad_enabled() and new.requires_grad
         )
         foreign = self.latent.is_inference() and not torch.is_inference_mode_enabled()
         return fits and newest and not differentiable and not foreign
@@ -110,8 +111,6 @@ class LatentCache:
             buffer[:, self.length : stop] = new
             return buffer
         held = buffer[:, : self.length]
-        if torch.is_grad_enabled() and (held.requires_grad or new.requires_grad):
-            return torch.cat((held, new), dim=1)
         capacity = max(stop, 2 * self.length) if self.length else stop
         grown = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
         grown[:, : self.length] = held

@@ -256,6 +256,11 @@ class MoE(nn.Module):
         self.term_sums[:-1] += means
         self.term_sums[-1] += 1.0
 
+    def reset_statistics(self) -> None:
+        """Forget what the running step has counted, for a step that is not applied."""
+        self.load_counts.zero_()
+        self.term_sums.zero_()
+
     @torch.no_grad()
     def apply_balance_update(self) -> None:
         """Move the selection bias and the temperature by the finished step's load, and zero it.
@@ -276,8 +281,7 @@ class MoE(nn.Module):
         self.last_usage.copy_(usage)
         self.last_means.copy_(means)
         self.router_step += 1
-        self.load_counts.zero_()
-        self.term_sums.zero_()
+        self.reset_statistics()
 
     def metrics(self) -> dict[str, float]:
         """Router figures of the last finished step. Synchronises the device."""

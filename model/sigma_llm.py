@@ -117,7 +117,7 @@ class SigmaTrunk(nn.Module):
                 aux[name] = aux[name] + value if name in aux else value
             if after is not None:
                 block_states.append(after)
-        x = (streams[0] + streams[1]) / 2 if self.two_stream else streams[0]
+        x = (streams[0] + streams[-1]) / 2 if self.two_stream else streams[0]
         new_state = SigmaState(block_states, start + length) if context.use_cache else None
         return self.final_norm(x), aux, new_state
 
@@ -251,6 +251,13 @@ class SigmaLLM(SigmaTrunk):
                 rows.append(measure())
         result = self.ternary_statistics.measure(self.ternary_weights())
         return result | _merge_metrics(rows)
+
+    def metrics_state(self) -> dict[str, Tensor]:
+        """What `metrics` compares the next values with; a resumed run needs it to log the same."""
+        return self.ternary_statistics.state_dict()
+
+    def load_metrics_state(self, state: dict[str, Tensor]) -> None:
+        self.ternary_statistics.load_state_dict(state)
 
 
 def _merge_metrics(rows: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -43,8 +43,8 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapped(ctx: Any, *args: Any) -> Any:
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device
-        with torch.autocast(device_type=device.type, enabled=False):
+        devices = [arg.device.type for arg in args if isinstance(arg, Tensor)] or ["cpu"]
+        with torch.autocast(device_type=devices[0], enabled=False):
             return method(ctx, *args)
 
     return wrapped
@@ -305,7 +305,7 @@ def _backward_states(
     if grad_h is not None:
         grad_added.addcmul_(decays[..., -1, 1:, None, None], grad_h.unsqueeze(2))
         grad_decays[..., -1, 1:] = (grad_h.unsqueeze(2) * added).sum((-2, -1))
-        if h0 is not None:
+        if h0 is not None and grad_h0 is not None:
             grad_decays[..., -1, 0] = (grad_h * h0).sum((-2, -1))
             grad_h0 = grad_h0 + grad_h * decays[..., -1, 0, None, None]
     return grad_added, grad_h0, _backward_chunk_decays(grad_decays.mul_(decays))

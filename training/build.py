@@ -234,7 +234,7 @@ def load_for_inference(config: SigmaConfig) -> tuple[SigmaLLM, Tokenizer, int]:
             f"--checkpoint-dir {config.run.checkpoint_dir} holds no valid checkpoint; train first"
         )
     model = SigmaLLM(trained.model_config(tokenizer.vocab_size), seed=0)
-    model.load_state_dict(join_state(checkpoint.tensors["model"], checkpoint.state["model"]))
+    model.load_state_dict(checkpoint.tensors["model"])
     if config.generate.weights == "ema":
         _load_average(model, checkpoint.tensors["features"], checkpoint.state["features"])
     return model.to(device).eval(), tokenizer, checkpoint.step

@@ -33,7 +33,7 @@ from training.runtime.signals import StopRequest
 from training.runtime.state_tree import join_state, split_state
 from training.schedule import learning_rate_factor, weight_decay_factor
 
-STATE_GROUPS = ("model", "optimizer", "features", "run")
+NESTED_GROUPS = ("optimizer", "features", "run")  # the model's state is flat already
 
 
 @dataclass(slots=True, kw_only=True)
@@ -197,6 +197,7 @@ class SigmaTrainer:
                 "stream": self.stream.state_dict(),
                 "recorder": self.services.recorder.state_dict(),
                 "guard": self.guard.state_dict(),
+                "model_metrics": self.model.metrics_state(),
                 "scaler": self.services.scaler.state_dict(),
                 "rng": capture_rng_state(),
             },
@@ -209,6 +210,7 @@ class SigmaTrainer:
         self.features.load_state_dict(state["features"])
         run = state["run"]
         self.services.scaler.load_state_dict(run["scaler"])
+        self.model.load_metrics_state(run["model_metrics"])
         restore_rng_state(run["rng"])
         if not keep_position:
             self.stream.load_state_dict(run["stream"])
@@ -217,9 +219,10 @@ class SigmaTrainer:
 
     def save(self, *, block: bool = False) -> None:
         """Checkpoint the finished step; a full disk is reported and training goes on."""
-        split = {name: split_state(part) for name, part in self.state_dict().items()}
-        tensors = {name: tensors for name, (tensors, _) in split.items()}
-        plain = {name: plain for name, (_, plain) in split.items()}
+        state = self.state_dict()
+        tensors, plain = {"model": state["model"]}, {}
+        for name in NESTED_GROUPS:
+            tensors[name], plain[name] = split_state(state[name])
         try:
             self.services.store.save(self.step, tensors, plain, block=block)
         except CheckpointError as error:
@@ -273,8 +276,12 @@ class SigmaTrainer:
             self.save()
 
     def _finish(self, *, interrupted: bool) -> None:
-        display = self.services.recorder.display
-        if self.step and self.services.store.last_saved_step != self.step:
+        display, store = self.services.recorder.display, self.services.store
+        try:
+            store.wait()
+        except CheckpointError as error:
+            display.message(f"checkpoint not written: {error}")
+        if self.step and store.last_saved_step != self.step:
             self.save(block=True)
         if interrupted:
             display.message(
@@ -350,7 +357,7 @@ def _metrics_offset(state: dict[str, Any] | None) -> int | None:
 
 
 def _joined(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        name: join_state(checkpoint.tensors[name], checkpoint.state[name])
-        for name in STATE_GROUPS
-    }
+    state: dict[str, Any] = {"model": checkpoint.tensors["model"]}
+    for name in NESTED_GROUPS:
+        state[name] = join_state(checkpoint.tensors[name], checkpoint.state[name])
+    return state

@@ -1,15 +1,13 @@
-"""Latent attention: definition, cache, differential form, and transformers as oracle."""
+"""Latent attention: definition, cache and differential form."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
 
 from model import reference_ops
 from model.config import SigmaModelConfig
-from model.mla import MLA, LatentCache
+from model.mla import MLA
 from model.sequence import SequenceContext
 
 BATCH, LENGTH, WIDTH = 2, 40, 48
@@ -236,25 +234,18 @@ def test_cache_holds_latent_and_rotary_numbers_and_nothing_else() -> None:
 
 @torch.no_grad()
 def test_states_are_values() -> None:
-    """Two continuations of one state must not see each other, although buffers are shared."""
+    """Two continuations of one state, step by step in turn, although buffers are shared."""
     layer, x = _mla().double(), _random(BATCH, LENGTH, WIDTH).double()
-    _, prefix = _decode(layer, x[:, :10], [8, 1, 1])
     other = _random(BATCH, 6, WIDTH, seed=8).double()
-
-    def continue_with(tokens: torch.Tensor, state: LatentCache) -> torch.Tensor:
-        outputs = []
-        for i in range(tokens.shape[1]):
-            context = _context(1, start=10 + i)
-            y, state = layer(tokens[:, i : i + 1], context, state=state)
-            outputs.append(y)
-        return torch.cat(outputs, 1)
-
-    first = continue_with(x[:, 10:16], prefix)
-    second = continue_with(other, prefix)
-    again = continue_with(x[:, 10:16], prefix)
-    assert torch.equal(first, again) and not torch.equal(first, second)
-    whole = layer(torch.cat((x[:, :10], other), 1), _context(16))[0]
-    _close(second, whole[:, 10:], 1e-5)
+    _, prefix = _decode(layer, x[:, :10], [8, 1, 1])
+    branches = {"same": (x[:, 10:16], prefix, []), "other": (other, prefix, [])}
+    for i in range(6):
+        for name, (tokens, state, outputs) in branches.items():
+            y, state = layer(tokens[:, i : i + 1], _context(1, start=10 + i), state=state)
+            branches[name] = (tokens, state, [*outputs, y])
+    for tokens, _, outputs in branches.values():
+        whole = layer(torch.cat((x[:, :10], tokens), 1), _context(16))[0]
+        _close(torch.cat(outputs, 1), whole[:, 10:], 1e-5)
 
 
 @torch.no_grad()
@@ -277,6 +268,16 @@ def test_gradients_flow_through_a_state() -> None:
     (direct,) = torch.autograd.grad(whole, x, grad)
     (through,) = torch.autograd.grad(pieces, x, grad)
     _close(through, direct, 1e-4)
+
+
+def test_generating_from_a_training_state_leaves_its_graph_intact() -> None:
+    layer, x = _mla(), _random(BATCH, LENGTH, WIDTH).requires_grad_()
+    y, state = _decode(layer, x, [10, 10, 1])
+    with torch.no_grad():
+        for i in range(5):
+            _, state = layer(x[:, 21 + i : 22 + i], _context(1, start=21 + i), state=state)
+    y.sum().backward()
+    assert x.grad is not None and x.grad[:, :21].any() and not x.grad[:, 21:].any()
 
 
 def test_inference_mode_state_continues_outside_of_it() -> None:
@@ -386,55 +387,3 @@ def test_state_dict_has_the_written_names() -> None:
     assert names == expected | {"latent_norm", "sub_norm", "gate_lambda"}
     bare = _mla(diff_attention_enabled=False, sub_norm=False).state_dict()
     assert {name.split(".")[0] for name in bare} == expected | {"latent_norm"}
-
-
-def _deepseek(layer: MLA):
-    """transformers' DeepSeek-V3 attention with this layer's weights, and its rotary tables."""
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as module
-
-    config = module.DeepseekV3Config(
-        hidden_size=WIDTH,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        q_lora_rank=None,
-        kv_lora_rank=24,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-        rope_interleave=False,
-        max_position_embeddings=LENGTH,
-        attention_dropout=0.0,
-    )
-    config._attn_implementation = "eager"
-    theirs = module.DeepseekV3Attention(config, layer_idx=0)
-    ours = {name: value.detach() for name, value in layer.named_parameters()}
-    queries = (ours["q_content.weight"].view(3, 16, -1), ours["q_rope.weight"].view(3, 8, -1))
-    values = (ours["k_content_up.weight"].view(3, 16, -1), ours["v_up.weight"].view(3, 16, -1))
-    mapped = {
-        "q_proj.weight": torch.cat(queries, 1).flatten(0, 1),
-        "kv_a_proj_with_mqa.weight": torch.cat((ours["kv_down.weight"], ours["k_rope_up.weight"])),
-        "kv_a_layernorm.weight": ours["latent_norm.weight"],
-        "kv_b_proj.weight": torch.cat(values, 1).flatten(0, 1),
-        "o_proj.weight": ours["out_proj.weight"],
-    }
-    theirs.load_state_dict(mapped)
-    return theirs, module.DeepseekV3RotaryEmbedding(config)
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_equals_transformers_deepseek_attention(implementation: str) -> None:
-    layer = _mla(diff_attention_enabled=False, quant_mode="none", sub_norm=False)
-    theirs, rotary = _deepseek(layer)
-    theirs.config._attn_implementation = implementation
-    x = _random(BATCH, LENGTH, WIDTH).requires_grad_()
-    positions = torch.arange(LENGTH)[None].expand(BATCH, -1)
-    mask = torch.full((LENGTH, LENGTH), float("-inf")).triu_(1).expand(BATCH, 1, -1, -1)
-    expected = theirs(x, rotary(x, positions), mask)[0]
-    y = layer(x, _context())[0]
-    assert (y - expected).abs().max() < 1e-5
-    grad = _random(*y.shape, seed=1)
-    (ours,) = torch.autograd.grad(y, x, grad)
-    (oracle,) = torch.autograd.grad(expected, x, grad)
-    assert (ours - oracle).abs().max() < 1e-5
-    shifted = dataclasses.replace(_context(start=1000))
-    assert (layer(x, shifted)[0] - y).abs().max() < 1e-4, "only distances may matter"

@@ -237,6 +237,16 @@ def test_balance_update_is_one_clamped_sign_step_over_all_micro_batches():
     assert torch.equal(moe.balance_bias, before)
 
 
+def test_a_discarded_step_leaves_no_trace():
+    moe = make_moe()
+    state = {name: value.clone() for name, value in moe.state_dict().items()}
+    moe(make_input(), make_context(make_input()))
+    moe.reset_statistics()
+    moe.apply_balance_update()
+    assert torch.equal(moe.balance_bias, state["balance_bias"])
+    assert torch.equal(moe.temperature, state["temperature"])
+
+
 def test_load_is_counted_in_training_with_gradients_only_and_without_padding():
     moe = make_moe()
     x = make_input()

@@ -108,15 +108,19 @@ def line_chart(
     unit: str,
     caption: str,
     curves: Sequence[Curve],
+    span: tuple[float, float],
     references: Sequence[Reference] = (),
     logarithmic: bool = False,
     from_zero: bool = False,
 ) -> Chart | None:
-    """Curves over training steps; None when no curve has a point."""
+    """Curves over the training steps of `span`; None when no curve has a point.
+
+    `logarithmic` is followed when the values span a factor of ten.
+    """
     curves = [curve for curve in curves if len(curve.values)]
     if not curves:
         return None
-    x_axis = _step_axis([curve.steps for curve in curves])
+    x_axis = _step_axis(span)
     levels = np.concatenate(
         [curve.values for curve in curves] + [np.array([r.value for r in references])]
     )
@@ -137,7 +141,7 @@ def line_chart(
     parts.append(_hover(x_axis, rows, unit=unit))
     return Chart(
         title=title,
-        unit=unit,
+        unit=f"{unit}, logarithmic".lstrip(", ") if y_axis.logarithmic else unit,
         caption=caption,
         svg=_svg(parts, title=title),
         legend=[
@@ -157,14 +161,15 @@ def stacked_chart(
     caption: str,
     steps: Floats,
     layers: Sequence[tuple[str, Floats]],
+    span: tuple[float, float],
 ) -> Chart | None:
-    """Layers on top of each other over training steps; None when all of them are empty."""
+    """Layers on top of each other over the steps of `span`; None when all of them are empty."""
     layers = [(label, values) for label, values in layers if np.nansum(values) > 0.0]
     if not layers or len(steps) == 0:
         return None
     centres, means = bin_means(steps, np.stack([v for _, v in layers]), bins=STACK_BINS)
     tops = np.cumsum(means, axis=0)  # (layers, bins)
-    x_axis = _step_axis([steps])
+    x_axis = _step_axis(span)
     y_axis = _value_axis(tops[-1], logarithmic=False, from_zero=True)
     x = _x(x_axis, centres)
     bottom = _y(y_axis, np.zeros_like(centres))
@@ -200,18 +205,16 @@ def nice_ticks(low: float, high: float, *, count: int) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _step_axis(steps: Sequence[Floats]) -> Axis:
-    low = min(float(part[0]) for part in steps)
-    high = max(float(part[-1]) for part in steps)
-    if low < 0.1 * high:  # the first row comes a few steps after the start
-        low = 0.0
+def _step_axis(span: tuple[float, float]) -> Axis:
+    low, high = span
     return Axis(low=low, high=high if high > low else low + 1.0)
 
 
 def _value_axis(values: Floats, *, logarithmic: bool, from_zero: bool) -> Axis:
     low, high = float(np.min(values)), float(np.max(values))
-    if logarithmic and high > 0.0:
-        low = float(np.min(values[values > 0.0]))
+    positive = values[values > 0.0]
+    if logarithmic and len(positive) and high >= 10.0 * positive.min():
+        low = float(positive.min())
         return Axis(low=low / 1.15, high=high * 1.15, logarithmic=True)
     if from_zero:
         return Axis(low=0.0, high=high * 1.06 if high > 0.0 else 1.0)

@@ -146,7 +146,7 @@ TEMPLATE = """<!doctype html>
 <h2>Features</h2>
 <div class="scroll"><table>
 <tr><th>feature</th><th>switched on</th><th class="number">times it acted</th>
-<th class="number">ms in the last logged step</th></tr>
+<th class="number">milliseconds in all</th></tr>
 {%- for feature in features %}
 <tr><td>{{ feature.name }}</td><td>{{ "yes" if feature.enabled else "no" }}</td>
 <td class="number">{% if feature.idle %}<span class="warn">0, no effect yet</span>

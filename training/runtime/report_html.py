@@ -42,23 +42,93 @@ PHASES = {
     "features": ("phase_train_other_s",),
     "records": ("phase_metrics_s",),
 }
-MEMORY = {
-    "process": "ram_process_gb",
-    "GPU in use": "gpu_mem_alloc_gb",
-    "GPU reserved": "gpu_mem_reserved_gb",
-    "GPU peak": "gpu_mem_peak_gb",
-}
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Line:
+    """A column as a curve; marked: evaluations; optional: left out while it is 0 throughout."""
+
+    label: str
+    column: str
+    style: str
+    marked: bool = False
+    optional: bool = False
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class LinePlan:
+    """What a line chart shows of a run."""
+
+    title: str
+    unit: str
+    caption: str
+    lines: tuple[Line, ...]
+    with_references: bool = False
+    logarithmic: bool = False
+    from_zero: bool = False
+
+
+LINE_PLANS = (
+    LinePlan(
+        title="Loss",
+        unit="nats per token",
+        caption="Training loss of single steps, its moving average, and the loss on text that is "
+        "never trained on.",
+        lines=(
+            Line(label="step", column="train_loss", style="raw"),
+            Line(label="average", column="loss_ema", style="c1"),
+            Line(label="held-out", column="eval_loss", style="c2", marked=True),
+        ),
+    ),
+    LinePlan(
+        title="Quality",
+        unit="bits per byte, lower is better",
+        caption="On held-out text, comparable across models and tokenizers.",
+        lines=(Line(label="held-out", column="eval_bpb", style="c2", marked=True),),
+        with_references=True,
+    ),
+    LinePlan(
+        title="Speed",
+        unit="tokens per second",
+        caption="Whole steps with everything around them, their moving average, and the training "
+        "computation alone.",
+        lines=(
+            Line(label="step", column="effective_tokens_per_s", style="raw"),
+            Line(label="training alone", column="core_tokens_per_s", style="c3"),
+            Line(label="average", column="tokens_per_s_ema", style="c1"),
+        ),
+        from_zero=True,
+    ),
+    LinePlan(
+        title="Memory",
+        unit="GiB",
+        caption="Main memory of the process, and device memory where a GPU is used.",
+        lines=(
+            Line(label="process", column="ram_process_gb", style="c1"),
+            Line(label="GPU in use", column="gpu_mem_alloc_gb", style="c2", optional=True),
+            Line(label="GPU reserved", column="gpu_mem_reserved_gb", style="c3", optional=True),
+            Line(label="GPU peak", column="gpu_mem_peak_gb", style="c4", optional=True),
+        ),
+        from_zero=True,
+    ),
+    LinePlan(
+        title="Gradient norm",
+        unit="before clipping",
+        caption="How hard the loss pulls on the weights.",
+        lines=(Line(label="norm", column="grad_norm", style="c5"),),
+        logarithmic=True,
+    ),
+    LinePlan(
+        title="Learning rate",
+        unit="of the main optimizer",
+        caption="Warm-up, plateau, and the fall at the end in which much of the quality comes.",
+        lines=(Line(label="rate", column="lr", style="c4"),),
+        from_zero=True,
+    ),
+)
+PHASE_CHART_PLACE = 3
 COLUMNS = (
-    "train_loss",
-    "loss_ema",
-    "eval_loss",
-    "eval_bpb",
-    "effective_tokens_per_s",
-    "tokens_per_s_ema",
-    "core_tokens_per_s",
-    "lr",
-    "grad_norm",
-    *MEMORY.values(),
+    *(line.column for plan in LINE_PLANS for line in plan.lines),
     *(name for names in PHASES.values() for name in names),
 )
 
@@ -130,7 +200,7 @@ def _tiles(record: RunRecord) -> list[Fact]:
     steps, bpb = record.points("eval_bpb")
     if len(bpb):
         best = int(bpb.argmin())
-        note = "bits per byte, held-out text"
+        note = "bits per byte, held-out"
         if best != len(bpb) - 1:
             note = f"best {format_number(bpb[best])} at step {steps[best]:,.0f}"
         tiles.append(Fact(name="Quality", value=f"{bpb[-1]:.4f}", note=note))
@@ -150,80 +220,49 @@ def _tiles(record: RunRecord) -> list[Fact]:
     _, speed = record.points("effective_tokens_per_s")
     if len(speed):
         value = format_quantity(float(np.median(speed)))
-        tiles.append(Fact(name="Speed", value=value, note="tokens/s, median, all included"))
+        tiles.append(Fact(name="Speed", value=value, note="tokens/s, median"))
     return tiles
 
 
 def _charts(record: RunRecord) -> list[Chart]:
-    def curve(label: str, column: str, style: str, *, marked: bool = False) -> Curve:
-        steps, values = record.points(column)
-        return Curve(label=label, steps=steps, values=values, style=style, marked=marked)
-
-    charts = [
-        line_chart(
-            title="Loss",
-            unit="nats per token",
-            caption="Training loss of single steps, its moving average, and the loss on text that "
-            "is never trained on.",
-            curves=[
-                curve("step", "train_loss", "raw"),
-                curve("average", "loss_ema", "c1"),
-                curve("held-out", "eval_loss", "c2", marked=True),
-            ],
-        ),
-        line_chart(
-            title="Quality",
-            unit="bits per byte, lower is better",
-            caption="On held-out text, comparable across models and tokenizers. Dashed lines: what "
-            "other methods reach on the same text."
-            if _references(record)
-            else "On held-out text, comparable across models and tokenizers.",
-            curves=[curve("held-out", "eval_bpb", "c2", marked=True)],
-            references=_references(record),
-        ),
-        line_chart(
-            title="Speed",
-            unit="tokens per second",
-            caption="Whole steps with everything around them, their moving average, and the "
-            "training computation alone.",
-            curves=[
-                curve("step", "effective_tokens_per_s", "raw"),
-                curve("training alone", "core_tokens_per_s", "c3"),
-                curve("average", "tokens_per_s_ema", "c1"),
-            ],
-            from_zero=True,
-        ),
-        _phase_chart(record),
-        line_chart(
-            title="Memory",
-            unit="GiB",
-            caption="Main memory of the process, and device memory where a GPU is used.",
-            curves=[
-                curve(label, column, f"c{number}")
-                for number, (label, column) in enumerate(MEMORY.items(), start=1)
-                if np.nansum(record.columns[column]) > 0.0
-            ],
-            from_zero=True,
-        ),
-        line_chart(
-            title="Gradient norm",
-            unit="before clipping, logarithmic",
-            caption="How hard the loss pulls on the weights.",
-            curves=[curve("norm", "grad_norm", "c5")],
-            logarithmic=True,
-        ),
-        line_chart(
-            title="Learning rate",
-            unit="of the main optimizer",
-            caption="Warm-up, plateau, and the fall at the end in which much of the quality comes.",
-            curves=[curve("rate", "lr", "c4")],
-            from_zero=True,
-        ),
-    ]
+    if len(record.steps) == 0:
+        return []
+    span = (float(record.steps[0]), float(record.steps[-1]))
+    charts = [_line_chart(record, plan, span=span) for plan in LINE_PLANS]
+    charts.insert(PHASE_CHART_PLACE, _phase_chart(record, span=span))
     return [chart for chart in charts if chart is not None]
 
 
-def _phase_chart(record: RunRecord) -> Chart | None:
+def _line_chart(record: RunRecord, plan: LinePlan, *, span: tuple[float, float]) -> Chart | None:
+    curves = []
+    for line in plan.lines:
+        steps, values = record.points(line.column)
+        if line.optional and not values.any():
+            continue
+        curves.append(
+            Curve(
+                label=line.label,
+                steps=steps,
+                values=values,
+                style=line.style,
+                marked=line.marked,
+            )
+        )
+    references = _references(record) if plan.with_references else []
+    more = " Dashed lines: what other methods reach on the same text." if references else ""
+    return line_chart(
+        title=plan.title,
+        unit=plan.unit,
+        caption=plan.caption + more,
+        curves=curves,
+        span=span,
+        references=references,
+        logarithmic=plan.logarithmic,
+        from_zero=plan.from_zero,
+    )
+
+
+def _phase_chart(record: RunRecord, *, span: tuple[float, float]) -> Chart | None:
     present = np.isfinite(record.columns["phase_forward_s"])
     if not present.any():
         return None
@@ -237,6 +276,7 @@ def _phase_chart(record: RunRecord) -> Chart | None:
         caption="Parts of logged steps, on top of each other; the upper edge is the whole step.",
         steps=record.steps[present],
         layers=layers,
+        span=span,
     )
 
 
@@ -277,7 +317,7 @@ def _features(known: dict[str, Any]) -> list[FeatureLine]:
                 enabled=enabled,
                 idle=enabled and calls == 0,
                 calls=f"{calls:,}",
-                ms="" if milliseconds is None else f"{milliseconds:,.2f}",
+                ms="" if milliseconds is None else f"{milliseconds:,.0f}",
             )
         )
     return sorted(lines, key=lambda line: (not line.enabled, line.name))[:MAX_FEATURES]

@@ -190,7 +190,8 @@ class RunDisplay:
             limit = SAMPLE_LINES * max(20, self._console.width - 16)
             short = self._sample if len(self._sample) <= limit else self._sample[:limit] + "..."
             body.add_row("it writes", Text(self._encodable(short), style="italic"))
-        parts.append(Text(STOP_HINT, style="dim"))
+        if self._step < self._total:
+            parts.append(Text(STOP_HINT, style="dim"))
         return Panel(Group(*parts), title="SIGMA", title_align="left", border_style="cyan")
 
     def _facts(self) -> list[tuple[str, str]]:

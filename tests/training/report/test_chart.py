@@ -28,7 +28,9 @@ def curve(values, *, steps=None, label="loss", **more) -> Curve:
 
 
 def draw(curves, **more):
-    return line_chart(title="T", unit="u", caption="c", curves=curves, **more)
+    ends = [float(c.steps[place]) for c in curves for place in (0, -1) if len(c.steps)]
+    span = (min(ends, default=0.0), max(ends, default=0.0))
+    return line_chart(title="T", unit="u", caption="c", curves=curves, span=span, **more)
 
 
 def paths(chart, css: str) -> list[list[tuple[int, int]]]:
@@ -55,6 +57,25 @@ def test_logarithmic_axis_gives_decades_equal_room():
     (_, low), (_, middle), (_, high) = line
     assert abs((low - middle) - (middle - high)) <= 1
     assert [tick.label for tick in chart.y_ticks] == ["0.1", "1", "10"]
+
+
+def test_a_narrow_range_is_drawn_linearly():
+    narrow, wide = draw([curve([2.0, 3.0])], logarithmic=True), draw([curve([1.0, 20.0])])
+    assert narrow.unit == wide.unit == "u"
+    assert draw([curve([1.0, 20.0])], logarithmic=True).unit == "u, logarithmic"
+
+
+def test_charts_of_a_run_share_their_steps():
+    chart = line_chart(
+        title="T",
+        unit="u",
+        caption="c",
+        curves=[curve([1.0, 2.0], steps=[50, 100])],
+        span=(0.0, 100.0),
+    )
+    (line,) = paths(chart, "line")
+    assert [x for x, _ in line] == [WIDTH // 2, WIDTH]
+    assert (chart.x_ticks[0].label, chart.x_ticks[0].percent) == ("0", 0.0)
 
 
 def test_zero_in_a_logarithmic_chart_stays_inside():
@@ -91,7 +112,12 @@ def test_degenerate_curves_are_drawn_inside_the_box(values):
 def test_nothing_to_draw_is_no_chart():
     assert draw([curve([])]) is None and draw([]) is None
     empty = stacked_chart(
-        title="T", unit="u", caption="c", steps=np.array([1.0]), layers=[("a", np.zeros(1))]
+        title="T",
+        unit="u",
+        caption="c",
+        steps=np.array([1.0]),
+        layers=[("a", np.zeros(1))],
+        span=(0.0, 1.0),
     )
     assert empty is None
 
@@ -113,7 +139,9 @@ def test_labels_are_escaped():
 def test_layers_stand_on_each_other():
     steps = np.array([0.0, 10.0])
     layers = [("one", np.array([1.0, 1.0])), ("none", np.zeros(2)), ("two", np.array([2.0, 2.0]))]
-    chart = stacked_chart(title="T", unit="ms", caption="c", steps=steps, layers=layers)
+    chart = stacked_chart(
+        title="T", unit="ms", caption="c", steps=steps, layers=layers, span=(0.0, 10.0)
+    )
     first, second = (
         ElementTree.fromstring(chart.svg).findall(f"path[@class='area c{number}']")[0].attrib["d"]
         for number in (1, 2)
