@@ -71,13 +71,10 @@ def dispatch(config: SigmaConfig) -> int:
 
 def train(config: SigmaConfig) -> int:
     """Train; what the machine cannot do is refused before anything is written."""
+    from training.build import build_trainer
     from training.runtime.directories import check_directories
-    from training.runtime.environment import configure_threads, resolve_device
 
     check_directories(config)
-    resolve_device(config)
-    configure_threads()
-    from training.build import build_trainer
 
     trainer = build_trainer(config)
     with ReportedFailure() as failure:

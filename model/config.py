@@ -144,6 +144,9 @@ class SigmaModelConfig:
             "mamba_head_dim",
             "must divide --mamba-expand times --d-model",
         )
+        _require(
+            0.0 <= self.mamba_rope_fraction <= 1.0, "mamba_rope_fraction", "must lie in [0, 1]"
+        )
         _require(self.mimo_rank >= 1, "mimo_rank", "must be at least 1")
         _require(self.mamba_chunk_len >= 1, "mamba_chunk_len", "must be at least 1")
         _require(

@@ -30,6 +30,7 @@ from training.runtime.environment import (
     autocast_dtype,
     config_hash,
     configure_threads,
+    keep_freed_memory,
     resolve_device,
     seed_everything,
     versions,
@@ -150,6 +151,7 @@ def build_trainer(
     if the machine or the settings cannot do what is asked."""
     device = resolve_device(config)
     configure_threads()
+    keep_freed_memory()
     seed_everything(config.run.seed)
     tokenizer = build_tokenizer(config)
     corpus = build_corpus(config, tokenizer)
@@ -176,7 +178,7 @@ def build_trainer(
         evaluate=build_evaluator(config, corpus, device),
         sample=build_sampler(config, tokenizer, device),
         on_open=lambda: write_resolved(config, output_dir),
-        on_checkpoint=write_report,
+        write_report=write_report,
         forward_model=compile_model(config, model),
         start_facts=start_facts(config, model),
         config_hash=config_hash(config),

@@ -33,6 +33,7 @@ from training.runtime.signals import StopRequest
 from training.runtime.state_tree import join_state, split_state
 from training.schedule import learning_rate_factor, weight_decay_factor
 
+REPORT_INTERVAL_S = 30.0
 NESTED_GROUPS = ("optimizer", "features", "run")  # the model's state is flat already
 
 
@@ -41,8 +42,8 @@ class RunServices:
     """What the trainer drives besides model, optimizer and stream; built in build.py.
 
     autocast: context of every forward. sample: text the model writes now. on_open: called once the
-    run directory is locked (the resolved settings). on_checkpoint: called after every save (the
-    report). forward_model: the model, or its compiled form.
+    run directory is locked (the resolved settings). write_report: called after saves.
+    forward_model: the model, or its compiled form.
     """
 
     store: CheckpointStore
@@ -52,7 +53,7 @@ class RunServices:
     evaluate: Callable[[nn.Module], EvalResult]
     sample: Callable[[nn.Module], str]
     on_open: Callable[[], object]
-    on_checkpoint: Callable[[Path], object]
+    write_report: Callable[[Path], object]
     forward_model: Callable[..., Any]
     start_facts: dict[str, Any]
     config_hash: str
@@ -83,7 +84,7 @@ class SigmaTrainer:
         self.guard = NonFiniteGuard()
         self.step = 0
         self.output_dir = Path(config.run.output_dir)
-        self._created = time.perf_counter()
+        self._created = self._reported = time.perf_counter()
         self._parameters = list(optimizer.parameters())
 
     def fit(self) -> None:
@@ -230,7 +231,17 @@ class SigmaTrainer:
                 raise
             self.services.recorder.display.message(f"checkpoint not written: {error}")
             return
-        self.services.on_checkpoint(self.output_dir)
+        self._refresh_report(now=block)
+
+    def _refresh_report(self, *, now: bool) -> None:
+        """Rebuild report.html, at most twice a minute while the run lasts."""
+        if not now and time.perf_counter() - self._reported < REPORT_INTERVAL_S:
+            return
+        self._reported = time.perf_counter()
+        try:
+            self.services.write_report(self.output_dir)
+        except OSError as error:
+            self.services.recorder.display.message(f"report.html not written: {error}")
 
     def _open(self) -> None:
         recorder, run = self.services.recorder, self.config.run
@@ -268,6 +279,7 @@ class SigmaTrainer:
             extra |= {
                 **self.model.metrics(),
                 **self.features.metrics(),
+                "checkpoint_step": self.services.store.last_saved_step,
                 "checkpoint_save_s": self.services.store.last_save_seconds,
                 "steps_skipped": len(self.guard.skipped),
             }

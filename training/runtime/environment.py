@@ -6,6 +6,7 @@ the caches must be set before its first import, and `--mode doctor` must work wi
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -210,6 +211,19 @@ def configure_threads() -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     return torch.get_num_threads()
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep large freed blocks for reuse; False where the C library is another.
+
+    By default every tensor above 32 MiB is mapped and unmapped anew, and its pages are faulted in
+    and cleared at each step: a plain 2048 x 4096 cross entropy then costs 3.6 times as much.
+    """
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL("libc.so.6")
+    trim_threshold, max_mapped_blocks = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of <malloc.h>
+    return bool(libc.mallopt(max_mapped_blocks, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
 
 
 def versions() -> dict[str, str | None]:
