@@ -29,6 +29,7 @@ from scripts.baseline_data import add_data_flags, load_corpus, report
 from scripts.plain_gpt import PlainGPT, PlainGPTConfig
 from training.data import TokenCorpus, TokenStream, validation_batches
 from training.evaluation import evaluate_bpb
+from training.runtime.environment import keep_freed_memory
 
 EVAL_BATCH_TOKENS = 8192
 BETAS = (0.9, 0.95)
@@ -254,6 +255,7 @@ def main(arguments: list[str]) -> int:
     if not options.steps and not options.minutes:
         print("error: give the length of the run: --steps or --minutes", file=sys.stderr)
         return 2
+    keep_freed_memory()  # as training does: a fair race has one allocator
     try:
         tokenizer, corpus = load_corpus(options.tokenizer_name)
         ends: list[dict[str, Any]] = []
