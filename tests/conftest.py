@@ -1,12 +1,6 @@
 """Settings shared by all tests."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-# Helpers of the integration tests are modules beside them, not fixtures.
-sys.path.insert(0, str(Path(__file__).parent / "integration"))
 
 
 @pytest.fixture(autouse=True)

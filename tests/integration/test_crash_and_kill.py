@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
-from runs import differences, newest_checkpoint, tiny_flags, train
 
+from tests.integration.runs import differences, newest_checkpoint, tiny_flags, train
 from training.build import build_trainer
 from training.config.cli import parse_args
 

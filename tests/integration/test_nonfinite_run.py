@@ -3,10 +3,9 @@
 import json
 
 import pytest
-import torch
-from runs import metrics_rows, newest_checkpoint, tiny_flags
 from safetensors.torch import load_file
 
+from tests.integration.runs import metrics_rows, newest_checkpoint, tiny_flags
 from training.build import build_trainer
 from training.config.cli import parse_args
 
@@ -37,8 +36,7 @@ def poison_gradient(trainer, ctx):
 
 
 def poison_weights(trainer, ctx):
-    with torch.no_grad():
-        trainer.model.final_norm.weight.fill_(float("nan"))
+    trainer.model.final_norm.weight.data.fill_(float("nan"))  # unseen by autograd's versions
 
 
 @pytest.mark.parametrize("poison", [poison_loss, poison_gradient])

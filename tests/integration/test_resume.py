@@ -4,8 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import differences, metrics_rows, newest_checkpoint, stop_after, tiny_flags, train
 
+from tests.integration.runs import (
+    differences,
+    metrics_rows,
+    newest_checkpoint,
+    stop_after,
+    tiny_flags,
+    train,
+)
 from training.features import FEATURES
 
 STEPS = 64
