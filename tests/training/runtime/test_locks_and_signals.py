@@ -1,0 +1,93 @@
+"""One owner per directory; the first signal asks, the second ends; files are served once."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from training.runtime.locks import RunLock
+from training.runtime.signals import StopRequest
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from training.runtime.locks import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+LOOP = """
+import sys, time
+from pathlib import Path
+from training.runtime.signals import StopRequest
+with StopRequest(Path(sys.argv[1])) as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def start(script, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_second_run_is_told_who_holds_the_directory(tmp_path):
+    holder = start(HOLD, tmp_path)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match=f"process {holder.pid} on .*--output-dir"):
+            RunLock(tmp_path).acquire()
+        holder.kill()
+        holder.wait()
+        with RunLock(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_released_directory_is_free_again(tmp_path):
+    for _ in range(3):
+        with RunLock(tmp_path):
+            pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_ends_at_once(tmp_path, number):
+    child = start(LOOP, tmp_path, 60)
+    try:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(number)
+        assert child.stdout.readline() == "asked\n"
+        child.send_signal(number)
+        assert child.wait(timeout=10) == 130
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_request_files_are_served_once(tmp_path):
+    with StopRequest(tmp_path) as stop:
+        assert not stop.requested and not stop.take_save_request()
+        (tmp_path / "SAVE").touch()
+        assert stop.take_save_request() and not stop.take_save_request()
+        (tmp_path / "STOP").touch()
+        assert stop.requested
+    with StopRequest(tmp_path) as later:
+        assert not later.requested
+
+
+def test_handlers_are_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest(tmp_path):
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
