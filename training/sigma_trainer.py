@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -84,7 +85,7 @@ class SigmaTrainer:
         self.guard = NonFiniteGuard()
         self.step = 0
         self.output_dir = Path(config.run.output_dir)
-        self._created = self._reported = time.perf_counter()
+        self._reported = time.perf_counter()
         self._parameters = list(optimizer.parameters())
 
     def fit(self) -> None:
@@ -258,7 +259,7 @@ class SigmaTrainer:
             recorder.display.message(f"resumed from step {self.step} ({checkpoint.path})")
         facts = {
             **self.services.start_facts,
-            "startup_init_s": time.perf_counter() - self._created,
+            "startup_init_s": time.time() - psutil.Process().create_time(),
             "checkpoint_resume_step": self.step,
             "checkpoint_quarantine_count": self.services.store.quarantine_count,
             **self.features.metrics(),

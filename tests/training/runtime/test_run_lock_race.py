@@ -1,0 +1,151 @@
+"""Suite R9: launch races have one owner; a killed owner's lock is free, children or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training.runtime.locks import RunLock
+from training.runtime.signals import StopRequest
+
+ROOT = Path(__file__).parents[3]
+RACER = """
+import sys, time
+from pathlib import Path
+from training.runtime.locks import RunLock
+for line in sys.stdin:
+    start, directory = line.split()
+    while time.time() < float(start):
+        pass
+    lock = RunLock(Path(directory))
+    try:
+        lock.acquire()
+    except RuntimeError as error:
+        print("refused", error, flush=True)
+    else:
+        print("owner", flush=True)
+        sys.stdin.readline()
+        lock.release()
+        print("released", flush=True)
+        continue
+    sys.stdin.readline()
+    print("released", flush=True)
+"""
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from training.runtime.locks import RunLock
+RunLock(Path(sys.argv[1])).acquire()
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def ask(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+
+
+def answer(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_a_race_of_processes_has_one_owner(ram_path: Path) -> None:
+    """60 rounds of 4 processes that start in the same instant in a directory nobody has made."""
+    racers = [start(RACER) for _ in range(4)]
+    try:
+        for index in range(60):
+            directory = ram_path / f"run_{index}"
+            begin = time.time() + 0.02
+            for racer in racers:
+                ask(racer, f"{begin} {directory}")
+            answers = [answer(racer) for racer in racers]
+            owners = [r for r, text in zip(racers, answers, strict=True) if text == "owner"]
+            assert len(owners) == 1, answers
+            assert sum(text.startswith("refused") for text in answers) == 3
+            for racer in racers:
+                ask(racer, "done")
+            assert [answer(racer) for racer in racers] == ["released"] * 4
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks and sends SIGKILL")
+def test_a_child_that_outlives_a_killed_owner_does_not_hold_the_lock(ram_path: Path) -> None:
+    """Data-loading workers are forked while the lock is held."""
+    owner = start(PARENT, str(ram_path))
+    child = int(answer(owner))
+    try:
+        with pytest.raises(RuntimeError, match=f"process {owner.pid} on"):
+            RunLock(ram_path).acquire()
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        os.kill(child, 0)  # it lives on
+        with RunLock(ram_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        owner.communicate()
+
+
+def test_the_command_of_the_owner_is_shown_without_its_secrets(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hf-token", "hf_abcdefgh", "--steps", "5"])
+    with RunLock(ram_path):
+        with pytest.raises(RuntimeError, match=r"train\.py --hf-token \[redacted\] --steps 5"):
+            RunLock(ram_path).acquire()
+        owner = json.loads((ram_path / "run.lock.json").read_text(encoding="utf-8"))
+        assert owner["pid"] == os.getpid()
+    assert not (ram_path / "run.lock.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b"{}", b'{"pid": 1'])
+def test_an_owner_file_that_says_nothing_is_no_obstacle(ram_path: Path, content: bytes) -> None:
+    with RunLock(ram_path):
+        (ram_path / "run.lock.json").write_bytes(content)
+        with pytest.raises(RuntimeError, match="another process that has not said who it is"):
+            RunLock(ram_path).acquire()
+
+
+def test_a_request_file_that_cannot_be_removed_is_served_once(ram_path: Path) -> None:
+    """A directory named SAVE cannot be unlinked, like a file on a read-only share."""
+    with StopRequest(ram_path) as stop:
+        (ram_path / "SAVE").mkdir()
+        assert [stop.take_save_request() for _ in range(3)] == [True, False, False]
+        os.utime(ram_path / "SAVE", ns=(1, 1))
+        assert stop.take_save_request()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_a_stop_file_does_not_count_as_a_first_signal(ram_path: Path) -> None:
+    with StopRequest(ram_path) as stop:
+        (ram_path / "STOP").touch()
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)  # the first signal: must not end the process
+        assert stop.requested
