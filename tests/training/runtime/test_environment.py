@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -177,13 +179,15 @@ def test_the_code_fingerprint_sees_contents_names_and_nothing_else(tmp_path):
 
 def test_memory_readings_follow_the_process():
     before = memory_readings(torch.device("cpu"))
-    held = torch.ones(2**26)  # 256 MiB
+    # Mapped, not taken from the heap: there it could be memory that an earlier test has freed.
+    held = mmap.mmap(-1, 2**28)
+    held.write(b"\1" * 2**28)
     after = memory_readings(torch.device("cpu"))
     assert after["ram_process_gb"] - before["ram_process_gb"] > 0.2
     assert 0.0 < after["ram_used_percent"] <= 100.0
     assert after["gpu_mem_alloc_gb"] == after["gpu_mem_peak_gb"] == 0.0
     assert before.keys() == after.keys()
-    del held
+    held.close()
 
 
 def test_versions_name_what_is_installed():
@@ -200,3 +204,15 @@ def test_usable_cpus_obey_a_container_quota(monkeypatch, tmp_path):
     for text, expected in (("max 100000", 8), ("250000 100000", 2), ("1000 100000", 1), ("", 8)):
         quota.write_text(text)
         assert usable_cpus() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    if not environment.keep_freed_memory():
+        pytest.skip("the C library is not glibc")
+    held = torch.ones(2**26)  # 256 MiB
+    del held
+    rss = memory_readings(torch.device("cpu"))["ram_process_gb"]
+    again = torch.empty(2**26)
+    again.zero_()
+    assert memory_readings(torch.device("cpu"))["ram_process_gb"] - rss < 0.05
