@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 TRANSIENT_WINDOWS_ERRORS = frozenset({5, 32, 145})
 TRANSIENT_WAIT_S = 30.0
 CHUNK_BYTES = 4 * 2**20
-DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+DISK_FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _APPEND_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)

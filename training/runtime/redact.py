@@ -30,10 +30,10 @@ _PATTERNS = tuple(
     re.compile(pattern, flags)
     for pattern, flags in (
         (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S),
-        (r"\b(?:hf|api_org|gh[pousr]|glpat|npm|r8|dop_v1)[_-][A-Za-z0-9_-]{4,}", 0),
-        (r"\bgithub_pat_\w{4,}", 0),
-        (r"\b(?:sk|rk|pk)[-_][A-Za-z0-9_-]{6,}", 0),
-        (r"\bpypi-[A-Za-z0-9_-]{6,}", 0),
+        # Sixteen characters and more: hf_config and sk-learn are words, not tokens.
+        (r"(?<![A-Za-z0-9])(?:hf|api_org|gh[pousr]|npm|r8|dop_v1)_[A-Za-z0-9]{16,}", 0),
+        (r"(?<![A-Za-z0-9])github_pat_\w{16,}", 0),
+        (r"(?<![A-Za-z0-9])(?:sk|rk|pk|glpat|pypi)[-_][A-Za-z0-9_-]{16,}", 0),
         (r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{12,}", 0),
         (r"\bAIza[A-Za-z0-9_-]{20,}", 0),
         (r"\bya29\.[A-Za-z0-9_-]{8,}", 0),
@@ -46,13 +46,19 @@ _AUTHORIZATION = re.compile(
 )
 _URL_LOGIN = re.compile(r"\b([a-z][a-z0-9+.-]{0,20}://)[^\s/?#'\"<>]*@", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"://[^\s:/@]*:([^\s/@]+)@")
+_VALUE = r"(?:b?\"(?:[^\"\\]|\\.)*\"|b?'(?:[^'\\]|\\.)*'|[^\s,;&\"'}\])]+)"
+_IS = r"[\"']?\s*[:=]\s*"
 _ASSIGNMENT = re.compile(
-    rf"((?:{_NAME}|\b(?:key|sig|signature))[\"']?\s*[:=]\s*"
-    r"|(?:passw(?:or)?d|passphrase|secret|api[ _-]?key)\s+(?:is|was)\s+)"
-    r"(?:b?\"(?:[^\"\\]|\\.)*\"|b?'(?:[^'\\]|\\.)*'|[^\s,;&\"'}\])]+)",
+    r"((?:(?:api|access|private)[_-]?key|secret|passw(?:or)?d|passphrase|credentials?"
+    r"|(?:auth|access|api|refresh|session|bearer|hub|hf)[_-]?token"
+    rf"|[?&](?:token|key|sig|signature)){_IS}"
+    rf"|(?:passw(?:or)?d|passphrase|secret|api[ _-]?key)\s+(?:is|was)\s+){_VALUE}",
     re.IGNORECASE,
 )
-_OPTION = re.compile(rf"(--?[\w-]{{0,40}}?{_NAME}\s+)(?!-)\S+", re.IGNORECASE)
+# Language models are full of tokens that are no secret: `next_token = logits.argmax()`.
+_UPPER_TOKEN = re.compile(rf"(TOKEN{_IS}){_VALUE}")
+_LONG_TOKEN = re.compile(rf"(token{_IS}[\"']?)(?=[\w.~+/=-]*\d)[\w.~+/=-]{{16,}}")
+_OPTION = re.compile(rf"((?<![\w-])--[\w-]{{0,40}}?{_NAME}\s+)(?!-)\S+", re.IGNORECASE)
 
 
 def is_secret_name(name: str) -> bool:
@@ -87,8 +93,9 @@ class Redactor:
             text = pattern.sub(MARK, text)
         text = _URL_LOGIN.sub(rf"\1{MARK}@", text)
         text = _AUTHORIZATION.sub(rf"\1 {MARK}", text)
-        text = _ASSIGNMENT.sub(rf"\1{MARK}", text)
-        return _OPTION.sub(rf"\1{MARK}", text)
+        for pattern in (_ASSIGNMENT, _UPPER_TOKEN, _LONG_TOKEN, _OPTION):
+            text = pattern.sub(rf"\1{MARK}", text)
+        return text
 
     def clean_argv(self, argv: Sequence[str]) -> list[str]:
         """A command line without the values of secret flags, in either spelling."""

@@ -42,7 +42,8 @@ PARENT = """
 import os, sys, time
 from pathlib import Path
 from training.runtime.locks import RunLock
-RunLock(Path(sys.argv[1])).acquire()
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
 child = os.fork()
 if child == 0:
     time.sleep(60)
@@ -110,6 +111,7 @@ def test_a_child_that_outlives_a_killed_owner_does_not_hold_the_lock(ram_path: P
             pass
     finally:
         os.kill(child, signal.SIGKILL)
+        owner.kill()
         owner.communicate()
 
 
