@@ -208,22 +208,24 @@ def test_usable_cpus_obey_a_container_quota(monkeypatch, tmp_path):
         assert usable_cpus() == expected
 
 
-KEEP = """
-import torch
+HELD_AFTER_FREEING = """
+import sys, torch
 from training.runtime.environment import keep_freed_memory, memory_readings
 cpu = torch.device("cpu")
-if keep_freed_memory():
-    torch.ones(2**26)  # 256 MiB, freed at once
-    before = memory_readings(cpu)["ram_process_gb"]
-    torch.ones(2**26)
-    print(memory_readings(cpu)["ram_process_gb"] - before)
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+memory_readings(cpu)
+before = memory_readings(cpu)["ram_process_gb"]
+block = torch.ones(2**26)  # 256 MiB
+del block
+print(memory_readings(cpu)["ram_process_gb"] - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_freed_memory_is_kept_for_the_next_tensor():
+@pytest.mark.parametrize(("how", "held_gb"), [("keep", 0.25), ("give back", 0.0)])
+def test_freed_memory_is_kept_only_when_asked(how, held_gb):
     """In a process of its own: what a heap does depends on all that happened in it before."""
-    result = subprocess.run(
-        [sys.executable, "-c", KEEP], capture_output=True, text=True, check=True
-    )
-    assert abs(float(result.stdout)) < 0.05
+    command = [sys.executable, "-c", HELD_AFTER_FREEING, how]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(result.stdout) == pytest.approx(held_gb, abs=0.05)
