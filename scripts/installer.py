@@ -38,6 +38,7 @@ PIP_SETTINGS = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONUTF8": "1",
 }
+PATIENCE_S = 5.0
 REPORT = "import json, torch; print(json.dumps([torch.__version__, torch.cuda.is_available()]))"
 
 
@@ -207,12 +208,21 @@ class Installer:
             finished = True
         finally:
             if not finished:  # Ctrl+C: no tool may go on writing after the launcher has ended
-                child.terminate()
+                end(child)
             child.wait()
             progress.clear()
         if child.returncode != 0:
             raise SetupError(*explain("".join(lines), log=self.log))
         return "".join(lines)
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """Ask the child to stop, and after a moment do not ask."""
+    child.terminate()
+    try:
+        child.wait(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 
 def lines_of(child: subprocess.Popen[str]) -> Iterator[str]:
