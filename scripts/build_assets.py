@@ -33,8 +33,9 @@ from scripts.assets_corpus import (
     to_jsonl,
 )
 from scripts.assets_licences import write_licences
+from scripts.baseline_compressors import compressed_bits_per_byte
 from training.sources.base import Document, in_scoring_order, split_of
-from training.sources.embedded import ASSETS_DIRECTORY, CORPUS_FILE
+from training.sources.embedded import ASSETS_DIRECTORY, CORPUS_FILE, MANIFEST_FILE
 from training.tokenizer import train_bpe
 
 TOKENIZERS = {"tokenizer_32k.json": 32768, "tokenizer_4k.json": 4096}
@@ -90,7 +91,7 @@ def build(unpacked: dict[str, tuple[Path, str]]) -> dict[str, bytes]:
     for name, vocab_size in TOKENIZERS.items():
         files[name] = train_bpe(training_texts, vocab_size=vocab_size).encode()
     files["LICENCES.md"] = write_licences(unpacked).encode()
-    files["MANIFEST.json"] = _manifest(documents, content, files, unpacked)
+    files[MANIFEST_FILE] = _manifest(documents, content, files, unpacked)
     return files
 
 
@@ -102,6 +103,7 @@ def _manifest(
 ) -> bytes:
     import tokenizers
 
+    validation_text = _validation_text(documents)
     sources: dict[str, dict[str, int]] = {}
     for row in documents:
         counts = sources.setdefault(
@@ -117,7 +119,10 @@ def _manifest(
         "tools": {"tokenizers": tokenizers.__version__},
         "sources": sources,
         "corpus_text_sha256": hashlib.sha256(content).hexdigest(),
-        "validation_text_sha256": hashlib.sha256(_validation_text(documents)).hexdigest(),
+        "validation_text_sha256": hashlib.sha256(validation_text).hexdigest(),
+        "validation_bits_per_byte": {
+            "xz_-9e": round(compressed_bits_per_byte(validation_text, compressor="xz -9e"), 4)
+        },
         "files": {
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for name, data in files.items()

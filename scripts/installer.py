@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from scripts.environment import CPU, GIGABYTE, PackageSet, SetupError, python_of
+from scripts.packages import CPU, GIGABYTE, PackageSet, SetupError, python_of
 from scripts.pip_output import REDRAW_S, Progress, explain, format_seconds
 
 UV = "uv==0.13.8"

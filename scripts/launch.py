@@ -2,8 +2,8 @@
 
 Any Python must be able to read this file, or an old one would answer with a SyntaxError where the
 user needs a line that names the mend: so nothing here is newer than Python 2.7, and the work is
-in launcher.py, environment.py and installer.py beside it. Standard library only, for it runs before
-anything is installed.
+in launcher.py, environment.py, installer.py and packages.py beside it. Standard library only, for
+it runs before anything is installed.
 """
 
 import os

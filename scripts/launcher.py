@@ -17,14 +17,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from scripts.environment import (
-    ROOT,
-    SetupError,
-    UsageError,
-    ensure_environment,
-    executables_of,
-    python_of,
-)
+from scripts.environment import ROOT, UsageError, ensure_environment
+from scripts.packages import SetupError, executables_of, python_of
 
 QUICKSTART = "profiles/quickstart.txt"
 COMMANDS = ("train", "test", "exec")

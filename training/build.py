@@ -40,7 +40,7 @@ from training.runtime.report_html import write_report
 from training.runtime.state_tree import join_state
 from training.runtime.ui import RunDisplay
 from training.sigma_trainer import RunServices, SigmaTrainer
-from training.sources.embedded import EmbeddedCorpus
+from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte
 from training.tokenizer import Tokenizer
 
 TOKEN_CACHE = CACHE_DIRECTORY / "tokens"
@@ -208,13 +208,14 @@ def compile_model(config: SigmaConfig, model: nn.Module) -> Callable[..., Any]:
 
 
 def start_facts(config: SigmaConfig, model: SigmaLLM) -> dict[str, Any]:
-    """Columns of the start-up row: what was built, of which versions."""
+    """Columns of the start-up row: what was built, of which versions, what to compare it with."""
     counts = model.num_parameters()
     return {
         "torch_initial_seed": torch.initial_seed(),
         "parameters_total": counts["total"],
         "parameters_active": counts["active"],
         "torch_compile_enabled": int(config.precision.torch_compile),
+        **{f"reference_bpb_{name}": bpb for name, bpb in reference_bits_per_byte().items()},
         **{f"version_{name}": value for name, value in versions().items()},
     }
 

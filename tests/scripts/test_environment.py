@@ -10,13 +10,8 @@ import pytest
 
 from scripts import environment, installer
 from scripts.environment import (
-    CPU,
-    CUDA_LINUX,
-    CUDA_WINDOWS,
     ROOT,
-    SetupError,
     Stamp,
-    choose_packages,
     expected_stamp,
     read_stamp,
     reason_to_rebuild,
@@ -25,6 +20,15 @@ from scripts.environment import (
 )
 from scripts.installer import Installer, read_pins
 from scripts.launcher import explain_os_error
+from scripts.packages import (
+    CPU,
+    CUDA_LINUX,
+    CUDA_WINDOWS,
+    SetupError,
+    choose_packages,
+    executables_of,
+    python_of,
+)
 from scripts.pip_output import Progress, explain
 
 STAMP = Stamp(python="3.11", folder="/a/.venv", packages="cpu", lockfile_sha256="0")
@@ -69,8 +73,8 @@ def test_finished_environment_is_kept_unless_the_machine_offers_more(
 
 
 def make_interpreter(venv, *, home):
-    environment.executables_of(venv).mkdir(parents=True)
-    environment.python_of(venv).write_text("")
+    executables_of(venv).mkdir(parents=True)
+    python_of(venv).write_text("")
     (venv / "pyvenv.cfg").write_text(f"home = {home}\nversion = 3.11.7\n")
 
 

@@ -56,7 +56,15 @@ class Project:
         self.venv = self.root / ".venv"
         self.lockfile = self.root / "requirements-cpu.txt"
         (self.root / "scripts").mkdir(parents=True)
-        for name in ("__init__", "launch", "launcher", "environment", "installer", "pip_output"):
+        for name in (
+            "__init__",
+            "launch",
+            "launcher",
+            "environment",
+            "installer",
+            "packages",
+            "pip_output",
+        ):
             source = ROOT / "scripts" / f"{name}.py"
             (self.root / "scripts" / source.name).write_bytes(source.read_bytes())
         (self.root / "train_sigma.py").write_text(SHOW_ARGV)

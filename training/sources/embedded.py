@@ -14,6 +14,7 @@ from pathlib import Path
 from training.sources.base import ASSETS_DIRECTORY, Document, in_scoring_order, split_of
 
 CORPUS_FILE = "corpus.jsonl.xz"
+MANIFEST_FILE = "MANIFEST.json"
 
 
 class EmbeddedCorpus:
@@ -50,3 +51,10 @@ class EmbeddedCorpus:
         """The validation split as UTF-8 bytes, documents in the order in which they are scored."""
         held_out = [doc for doc in self.documents() if split_of(doc.id) == "validation"]
         return "".join(doc.text for doc in in_scoring_order(held_out)).encode()
+
+
+def reference_bits_per_byte() -> dict[str, float]:
+    """What `xz -9e` makes of the whole validation split, by name, as measured when assets/ was
+    built: a model above it has learned no more than repetition."""
+    content = (ASSETS_DIRECTORY / MANIFEST_FILE).read_text(encoding="utf-8")
+    return json.loads(content)["validation_bits_per_byte"]

@@ -8,9 +8,10 @@ import re
 import numpy as np
 import pytest
 
+from scripts.baseline_compressors import compressed_bits_per_byte
 from training.data import tokenize_corpus, validation_batches
 from training.sources.base import ASSETS_DIRECTORY, SOURCE_IDS, split_of
-from training.sources.embedded import CORPUS_FILE, EmbeddedCorpus
+from training.sources.embedded import CORPUS_FILE, EmbeddedCorpus, reference_bits_per_byte
 from training.tokenizer import Tokenizer
 
 SOURCES = {"python-docs", "postgresql-docs", "sqlite-docs", "king-james-bible"}
@@ -43,6 +44,12 @@ def test_manifest_matches_every_shipped_file(documents):
     packed = (ASSETS_DIRECTORY / CORPUS_FILE).read_bytes()
     content_hash = hashlib.sha256(lzma.decompress(packed)).hexdigest()
     assert manifest["corpus_text_sha256"] == content_hash
+
+
+def test_reference_figure_is_what_the_compressor_makes_of_the_text():
+    measured = compressed_bits_per_byte(EmbeddedCorpus().validation_text(), compressor="xz -9e")
+    # Versions of liblzma may differ in a few bytes.
+    assert reference_bits_per_byte()["xz_-9e"] == pytest.approx(measured, abs=2e-3)
 
 
 def test_size_and_sources(documents):
