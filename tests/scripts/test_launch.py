@@ -15,6 +15,7 @@ from scripts.environment import ROOT, STAMP, setup_lock
 
 POSIX_ONLY = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals to a process group")
 LOCKFILE = "torch==2.13.0\nexample==1.0\npytest==9.0\n"
+SOURCES = "__init__ launch launcher environment installer packages pip_output".split()
 TORCH = "__version__ = '{version}'\nclass cuda:\n    is_available = staticmethod(lambda: False)\n"
 SHOW_ARGV = "import json, os, sys; print(json.dumps([os.getcwd(), sys.argv[1:]]))\n"
 # Stands in for uv: notes its arguments, then takes the CPU build from a folder only it knows.
@@ -56,15 +57,7 @@ class Project:
         self.venv = self.root / ".venv"
         self.lockfile = self.root / "requirements-cpu.txt"
         (self.root / "scripts").mkdir(parents=True)
-        for name in (
-            "__init__",
-            "launch",
-            "launcher",
-            "environment",
-            "installer",
-            "packages",
-            "pip_output",
-        ):
+        for name in SOURCES:
             source = ROOT / "scripts" / f"{name}.py"
             (self.root / "scripts" / source.name).write_bytes(source.read_bytes())
         (self.root / "train_sigma.py").write_text(SHOW_ARGV)
