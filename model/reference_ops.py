@@ -72,6 +72,23 @@ def bit_linear(
     return x @ effective.T
 
 
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integer codes in [-127, 127] of x (M, K) in its dtype and one scale per row, (M,)."""
+    peak = x.abs().amax(1).clamp(min=1e-30)
+    return torch.round(x * (127.0 / peak)[:, None]), peak / 127.0
+
+
+def ternary_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of bit_linear for x (M, K) and weight (N, K), the output gradient (M, N) times the
+    weight's scales being rounded to 8 bits per token: dx = sg (cg q), dW = (dy sx)^T cx."""
+    codes, scale = ternarize(weight)
+    grad_codes, grad_scale = round_rows(grad * scale[:, 0])
+    x_codes, x_scale = round_rows(x)
+    return (grad_codes @ codes) * grad_scale[:, None], (grad * x_scale[:, None]).T @ x_codes
+
+
 def visible(
     query: int, key: int, *, documents: list[int] | None = None, valid: list[bool] | None = None
 ) -> bool:

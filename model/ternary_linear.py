@@ -1,0 +1,206 @@
+"""The ternary linear layer on int8 tensor cores: launchers, autograd and the face of the kernels.
+
+With codes cx, q and scales sx, alpha (one per token, one per output row):
+    y  = sx alpha (cx q^T)                      int8 product, as in bitlinear.py
+    dx = sg (cg q),  (cg, sg) = int8(dy alpha)  int8 product; only dy alpha is rounded
+    dW = (dy sx)^T cx                           bf16 product, fp32 sums
+The activations kept for backward are one byte each. Rounding dy to 8 bits per token is the one
+difference from bitlinear.py's backward, and what buys the second fast product.
+
+Source: 2402.17764 (the layer); int8 gradients of inputs as in SwitchBack 2304.13013.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.triton_kernels import (
+    int8_product_kernel,
+    quantize_rows_kernel,
+    ternarize_kernel,
+    weight_gradient_kernel,
+)
+
+MAX_ROW_BLOCK = 4096
+MAX_SPLITS = 32
+
+
+class TernaryWeight(NamedTuple):
+    """A weight (out, in) as ternary codes in both layouts, and its scales."""
+
+    codes: Tensor  # (out, in) int8
+    codes_t: Tensor  # (in, out) int8
+    scale: Tensor  # (out,) fp32
+
+
+class Tiles(NamedTuple):
+    """Launch settings of a product: rows, columns, depth of a tile, warps, pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def product_tiles(num_rows: int, capability: int) -> Tiles:
+    """Tile of the int8 product by compute capability (major * 10 + minor).
+
+    Shared memory decides: a stage holds (m + n) k bytes, and 99 KiB are there on GeForce (86, 89,
+    120), 163 on sm_80, 227 on sm_90 and sm_100. Few rows leave too few tiles for large ones.
+    """
+    if num_rows <= 64:
+        return Tiles(16 if num_rows <= 16 else 64, 64, 128, 4, 4)
+    if capability >= 90 and capability < 120:
+        return Tiles(128, 256, 128, 8, 4)
+    if capability == 80:
+        return Tiles(128, 128, 128, 8, 4)
+    return Tiles(128, 128, 64, 8, 4)
+
+
+def gradient_tiles(capability: int) -> Tiles:
+    """Tile of the weight gradient: m counts tokens, n outputs, k inputs."""
+    if capability >= 90 and capability < 120:
+        return Tiles(64, 128, 128, 8, 3)
+    return Tiles(32, 128, 128, 8, 3)
+
+
+def device_capability(x: Tensor) -> int:
+    """Compute capability of x's device; 80 for the interpreter, which has none."""
+    if x.device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def quantize_rows(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of x (M, K), times column_scale (K,) if given, as int8 codes (M, K) and scales (M,)."""
+    rows, columns = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        block = min(MAX_ROW_BLOCK, triton.next_power_of_2(columns))
+        quantize_rows_kernel[(rows,)](
+            *(x, scale if column_scale is None else column_scale, codes, scale),
+            *(columns, x.stride(0)),
+            HAS_COLUMN_SCALE=column_scale is not None,
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 256)),
+        )
+    return codes, scale
+
+
+def ternarize_rows(weight: Tensor) -> TernaryWeight:
+    """Codes and scales of weight (out, in), one scale per row; reads the weight twice."""
+    rows, columns = weight.shape
+    weight = weight.detach()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    codes_t = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=weight.device)
+    block_rows = 16
+    ternarize_kernel[(triton.cdiv(rows, block_rows),)](
+        *(weight, codes, codes_t, scale, rows, columns, weight.stride(0)),
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=min(256, triton.next_power_of_2(columns)),
+    )
+    return TernaryWeight(codes, codes_t, scale)
+
+
+def int8_product(
+    a: Tensor, b: Tensor, *, a_scale: Tensor, b_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """a (M, K) times b (N, K) transposed, both int8 and contiguous, scaled; (M, N) in `dtype`."""
+    (rows, depth), outputs = a.shape, b.shape[0]
+    out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
+    if rows:
+        tiles = product_tiles(rows, device_capability(a))
+        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(outputs, tiles.n),)
+        int8_product_kernel[grid](
+            *(a, b, a_scale, a_scale if b_scale is None else b_scale, out),
+            *(rows, outputs, depth, out.stride(0)),
+            HAS_B_SCALE=b_scale is not None,
+            **{"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": 8},
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+    return out
+
+
+def weight_gradient(
+    grad: Tensor, codes: Tensor, scale: Tensor, *, in_bf16: bool, processors: int = 108
+) -> Tensor:
+    """(grad * scale)^T codes over the rows: grad (M, N), codes (M, K) int8; (N, K) in fp32.
+
+    processors: multiprocessors of the device; the rows are split until every one has a tile.
+    """
+    (rows, outputs), inputs = grad.shape, codes.shape[1]
+    if grad.stride(1) != 1:
+        grad = grad.contiguous()
+    tiles = gradient_tiles(device_capability(grad))
+    grid = (triton.cdiv(outputs, tiles.n), triton.cdiv(inputs, tiles.k))
+    wanted = max(1, min(MAX_SPLITS, processors // (grid[0] * grid[1])))
+    per_split = triton.cdiv(triton.cdiv(max(rows, 1), wanted), tiles.m) * tiles.m
+    splits = triton.cdiv(max(rows, 1), per_split)
+    partial = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=grad.device)
+    weight_gradient_kernel[(*grid, splits)](
+        *(grad, codes, scale, partial, rows, outputs, inputs, grad.stride(0), per_split),
+        DOT_IN_BF16=in_bf16,
+        **{"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k},
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return partial[0] if splits == 1 else partial.sum(0)
+
+
+class _TernaryLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, ternary: TernaryWeight, dtype: torch.dtype
+    ) -> Tensor:
+        codes, scale = quantize_rows(x)
+        ctx.save_for_backward(codes, scale, *ternary)
+        ctx.dtypes = (x.dtype, weight.dtype)
+        return int8_product(
+            codes, ternary.codes, a_scale=scale, b_scale=ternary.scale, dtype=dtype
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        codes, scale, _, weight_codes_t, weight_scale = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        (grad,) = grads
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_codes, grad_scale = quantize_rows(grad, weight_scale)
+            grad_x = int8_product(
+                grad_codes, weight_codes_t, a_scale=grad_scale, b_scale=None, dtype=x_dtype
+            )
+        if ctx.needs_input_grad[1]:
+            in_bf16 = grad.dtype is not torch.float32
+            grad_weight = weight_gradient(grad, codes, scale, in_bf16=in_bf16).to(weight_dtype)
+        return grad_x, grad_weight, None, None
+
+
+def ternary_linear(
+    x: Tensor, weight: Tensor, *, ternary: TernaryWeight | None = None, dtype: torch.dtype
+) -> Tensor:
+    """bit_linear with one scale per output row, on int8 products.
+
+    x: (..., in) on the kernels' device, weight: (out, in). `ternary`: codes of exactly this weight
+    if the caller holds them. Returns (..., out) in `dtype`. fp32 x gets an fp32 weight gradient
+    product, 16-bit x one in bf16 with fp32 sums.
+    """
+    codes = ternarize_rows(weight) if ternary is None else ternary
+    flat = x.reshape(-1, x.shape[-1])
+    y = _TernaryLinear.apply(flat, weight, codes, dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
