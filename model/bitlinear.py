@@ -2,8 +2,7 @@
 
 Weights are latent full-precision matrices; every forward rounds them to {-1, 0, 1} times one scale
 per group and rounds activations to int8 per token, so that the trained function is the one a packed
-model computes. Nothing is cached between forwards: ternarising costs a few passes over the weight,
-and no cache key sees writes through `.data`.
+model computes. Codes are kept between forwards only where weights cannot change (weight_cache.py).
 
 Products run on codes, not on dequantised values: sums of int8 times ternary codes are integers
 below 2^24, which fp32 adds without rounding in any order. A token's output is therefore the same
@@ -25,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.weight_cache import cached
+
 EPS = 1e-12
 _TINY = 1e-30
 _CODE_UNIT = 1.0 / 128.0  # exact power of two: keeps sums of codes inside fp16's range
@@ -38,8 +39,12 @@ def ternarize(weight: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
     may be shorter; a group without non-zero codes gets scale 0).
 
     weight: (..., out, in). Returns codes (..., out, in) of weight's dtype holding -1, 0 or 1, and
-    scale (..., out, groups) in fp32 (fp64 for fp64 weights).
+    scale (..., out, groups) in fp32 (fp64 for fp64 weights). Neither may be written to.
     """
+    return cached("codes", (weight,), group_size, lambda: _ternarize(weight, group_size))
+
+
+def _ternarize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     values = weight.detach()
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()
@@ -302,7 +307,11 @@ def fused_linear(x: Tensor, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
     because scales belong to rows; the layers must agree in group size and modes.
     """
     first = layers[0]
-    weight = torch.cat([layer.weight for layer in layers])
+    weights = tuple(layer.weight for layer in layers)
+    if torch.is_grad_enabled():
+        weight = torch.cat(weights)
+    else:  # as a parameter, so that its codes are remembered as well
+        weight = cached("joined", weights, 0, lambda: nn.Parameter(torch.cat(weights)))
     if first.ternary:
         y = bit_linear(
             x,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.sigma_llm import SigmaLLM
+from model.weight_cache import TernaryCache
 
 
 def sample_token(
@@ -48,14 +49,17 @@ def iter_tokens(
     """Yield the next token (B,) of every row, `max_new_tokens` times.
 
     The model is in eval mode while it computes and gets its mode back between tokens, so that a
-    caller may stop at any token.
+    caller may stop at any token. Its ternary codes are kept for the whole text: no training between
+    two tokens.
     """
     tokens, state = input_ids, None
+    cache = TernaryCache()
     for step in range(max_new_tokens):
         was_training = model.training
         model.eval()
         try:
-            output = model(tokens, state=state, use_cache=True, num_logits_to_keep=1)
+            with cache.held():
+                output = model(tokens, state=state, use_cache=True, num_logits_to_keep=1)
         finally:
             model.train(was_training)
         state = output.state

@@ -70,8 +70,8 @@ class DenseFeedForward(nn.Module):
         """tokens (N, D) -> (N, D)."""
         return swiglu(
             tokens,
-            self.gate_up.weight.unsqueeze(0),
-            self.down.weight.unsqueeze(0),
+            self.gate_up.weight,
+            self.down.weight,
             settings=self.settings,
         )
 

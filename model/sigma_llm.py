@@ -7,7 +7,8 @@ apart (model/hf.py); here the head is added to it, so parameter names have no pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ from model.mla import MLA
 from model.moe import Experts, MoE
 from model.norm_rope import RMSNorm
 from model.sequence import SequenceContext
+from model.weight_cache import TernaryCache
 
 
 @dataclass(slots=True)
@@ -169,6 +171,7 @@ class SigmaLLM(SigmaTrunk):
                 self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         initialize(self, config, seed=seed)
         self.ternary_statistics = TernaryStatistics()
+        self.cache_counts = (0, 0)
 
     @property
     def head_weight(self) -> Tensor:
@@ -238,6 +241,15 @@ class SigmaLLM(SigmaTrunk):
                     weights[f"{name}.down"] = (module.down, group)
         return weights
 
+    @contextmanager
+    def weights_held(self) -> Iterator[TernaryCache]:
+        """A block in which weights do not change, such as the micro-batches of one step: codes of
+        ternary weights are computed once in it. Metrics count the reuses of the last block."""
+        cache = TernaryCache()
+        with cache.held():
+            yield cache
+        self.cache_counts = (cache.hits, cache.invalidations)
+
     def metrics(self) -> dict[str, float]:
         """Figures of the bitlinear, mla, diff_attn, mamba, moe and eng families. Synchronises.
 
@@ -250,6 +262,8 @@ class SigmaLLM(SigmaTrunk):
             if module is not self and callable(measure):
                 rows.append(measure())
         result = self.ternary_statistics.measure(self.ternary_weights())
+        result["bitlinear_cache_hits"] = float(self.cache_counts[0])
+        result["bitlinear_cache_invalidations"] = float(self.cache_counts[1])
         return result | _merge_metrics(rows)
 
     def metrics_state(self) -> dict[str, Tensor]:

@@ -142,11 +142,16 @@ def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
 def _weight_codes(weight: Tensor, settings: SwigluSettings) -> tuple[Tensor, Tensor | None]:
     """Factor of the product (E, out, in) and the scale (E, out) left for its result."""
     if not settings.ternary:
-        return weight.detach(), None
-    codes, scale = ternarize(weight, settings.group_size)
+        return _stacked(weight.detach()), None
+    codes, scale = map(_stacked, ternarize(weight, settings.group_size))
     if scale.shape[-1] > 1:
         return codes * expand_scale(scale, weight.shape[-1], settings.group_size), None
     return codes, scale.squeeze(-1)
+
+
+def _stacked(weight: Tensor) -> Tensor:
+    """A weight (out, in) as a stack of one; a stack as it is."""
+    return weight.unsqueeze(0) if weight.dim() == 2 else weight
 
 
 def _write_scaled(
@@ -200,8 +205,8 @@ class _Swiglu(torch.autograd.Function):
 
         num_rows = x.shape[0] if plan is None else plan.token_of_row.numel()
         products = _products(plan, num_rows)
-        gate_up = x.new_empty(num_rows, weight_in.shape[1])
-        y_rows = x.new_empty(num_rows, weight_out.shape[1])
+        gate_up = x.new_empty(num_rows, weight_in.shape[-2])
+        y_rows = x.new_empty(num_rows, weight_out.shape[-2])
         for rows, expert in products.blocks():
             token = rows if plan is None else plan.token_of_row[rows]
             product = products.times_transposed(_take(x_codes, token), operand_in, expert)
@@ -222,6 +227,7 @@ class _Swiglu(torch.autograd.Function):
             x_codes, x_step, codes_in, scale_in, codes_out, scale_out, gate_up, gates
         )
         ctx.plan, ctx.settings, ctx.dtype, ctx.unit = plan, settings, dtype, unit
+        ctx.single = weight_in.dim() == 2
         return y_rows if plan is None else _combine(y_rows, plan.row_of_slot, gates)
 
     @staticmethod
@@ -263,6 +269,8 @@ class _Swiglu(torch.autograd.Function):
             products.add_outer(grad_in, grad_block, rounded, expert)
             grad_rows[rows] = products.times(grad_block, weight_in, expert)
 
+        if ctx.single:
+            grad_in, grad_out = grad_in[0], grad_out[0]
         if plan is None:
             return grad_rows, grad_in, grad_out, None, None, None, None
         grad_x = _combine(grad_rows, plan.row_of_slot, None)
@@ -333,7 +341,8 @@ def swiglu(
 ) -> Tensor:
     """SwiGLU of every token by one expert (no plan), or the gated sum over its planned experts.
 
-    x (T, D); weight_in (E, 2h, D): gate rows, then up rows; weight_out (E, D, h); gates (T, k).
+    x (T, D); weight_in (E, 2h, D): gate rows, then up rows; weight_out (E, D, h), or both without
+    E; gates (T, k).
     Returns (T, D) in x's dtype. Under autocast the products run in autocast's type.
     """
     device_type = x.device.type

@@ -110,18 +110,19 @@ class SigmaTrainer:
         ctx = self.begin_step()
         accumulation = self.config.data.grad_accum_steps
         position = self.stream.state_dict()
-        for micro in range(accumulation):
-            ctx.micro = micro
-            with self.clock("data"):
-                ctx.batch = _moved(self.stream.next_batch(), self.device)
-            with self.clock("features"):
-                self.features.run("on_batch", ctx)
-            with self.clock("forward"):
-                self.forward(ctx)
-            with self.clock("features"):
-                self.features.run("on_losses", ctx)
-            with self.clock("backward"):
-                self.services.scaler.scale(ctx.total_loss() / accumulation).backward()
+        with self.model.weights_held():
+            for micro in range(accumulation):
+                ctx.micro = micro
+                with self.clock("data"):
+                    ctx.batch = _moved(self.stream.next_batch(), self.device)
+                with self.clock("features"):
+                    self.features.run("on_batch", ctx)
+                with self.clock("forward"):
+                    self.forward(ctx)
+                with self.clock("features"):
+                    self.features.run("on_losses", ctx)
+                with self.clock("backward"):
+                    self.services.scaler.scale(ctx.total_loss() / accumulation).backward()
         with self.clock("features"):
             self.features.run("before_optim", ctx)
         if not self.update(ctx, position):
