@@ -231,17 +231,30 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def bit_linear(
-    x: Tensor, weight: Tensor, *, group_size: int = 0, quantize_activations: bool = True
+    x: Tensor,
+    weight: Tensor,
+    *,
+    group_size: int = 0,
+    quantize_activations: bool = True,
+    backend: str = "torch",
 ) -> Tensor:
     """y = int8(x) @ ternary(weight)^T with straight-through gradients.
 
     x: (..., in) with weight (out, in), or (..., n, in) with stacked weights (..., out, in).
-    Returns (..., out) in x's dtype, or in autocast's.
+    backend: "triton" computes on int8 codes and rounds the input gradient to 8 bits per token,
+    where it can (one scale per row, rounded activations, one weight). Returns (..., out) in x's
+    dtype, or in autocast's.
     """
     dtype = _compute_dtype(x)
+    one_scale = not 0 < group_size < weight.shape[-1]
+    if backend == "triton" and one_scale and quantize_activations and weight.dim() == 2:
+        from model.ternary_linear import ternarize_rows, ternary_linear
+
+        ternary = cached("int8", (weight,), 0, lambda: ternarize_rows(weight))
+        return ternary_linear(x, weight, ternary=ternary, dtype=dtype)
     if dtype in (torch.bfloat16, torch.float16):
         return _CodeProduct.apply(x, weight, group_size, quantize_activations, dtype)
-    if quantize_activations and not 0 < group_size < weight.shape[-1]:
+    if quantize_activations and one_scale:
         return _ExactProduct.apply(x, weight)
     if quantize_activations:
         x = quantize_tokens(x)
@@ -277,6 +290,7 @@ class BitLinear(nn.Module):
         self.group_size = group_size
         self.ternary = quant_mode != "none"
         self.quantize_activations = quantize_activations
+        self.backend = "torch"
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=init_std, generator=generator)
 
@@ -289,6 +303,7 @@ class BitLinear(nn.Module):
             self.weight,
             group_size=self.group_size,
             quantize_activations=self.quantize_activations,
+            backend=self.backend,
         )
 
     def effective_weight(self) -> Tensor:
@@ -318,6 +333,7 @@ def fused_linear(x: Tensor, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
             weight,
             group_size=first.group_size,
             quantize_activations=first.quantize_activations,
+            backend=first.backend,
         )
     else:
         y = F.linear(x, weight)

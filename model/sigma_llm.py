@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.bitlinear import TernaryStatistics, ternary_parameters
+from model.bitlinear import BitLinear, TernaryStatistics, ternary_parameters
 from model.blocks import Block, BlockState
 from model.config import SigmaModelConfig
 from model.cross_entropy import linear_cross_entropy
@@ -240,6 +240,12 @@ class SigmaLLM(SigmaTrunk):
                     weights[f"{name}.gate_up"] = (module.gate_up, group)
                     weights[f"{name}.down"] = (module.down, group)
         return weights
+
+    def use_kernels(self, backend: str) -> None:
+        """Compute ternary products with `torch` or `triton`; the layers' function is the same."""
+        for module in self.modules():
+            if isinstance(module, BitLinear):
+                module.backend = backend
 
     @contextmanager
     def weights_held(self) -> Iterator[TernaryCache]:

@@ -169,9 +169,7 @@ class _TernaryLinear(torch.autograd.Function):
         codes, scale = quantize_rows(x)
         ctx.save_for_backward(codes, scale, *ternary)
         ctx.dtypes = (x.dtype, weight.dtype)
-        return int8_product(
-            codes, ternary.codes, a_scale=scale, b_scale=ternary.scale, dtype=dtype
-        )
+        return int8_product(codes, ternary.codes, a_scale=scale, b_scale=ternary.scale, dtype=dtype)
 
     @staticmethod
     @once_differentiable

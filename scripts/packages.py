@@ -37,7 +37,7 @@ CPU = PackageSet(
     name="cpu",
     lockfile="requirements-cpu.txt",
     backend="cpu",
-    needs_bytes=2 * GIGABYTE,
+    needs_bytes=3 * GIGABYTE,
     wording="for the CPU",
 )
 CUDA_LINUX = PackageSet(

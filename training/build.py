@@ -31,6 +31,7 @@ from training.runtime.environment import (
     config_hash,
     configure_threads,
     keep_freed_memory,
+    require_kernel_backend,
     resolve_device,
     seed_everything,
     versions,
@@ -65,7 +66,9 @@ def build_stream(config: SigmaConfig, corpus: TokenCorpus) -> TokenStream:
 
 
 def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:
-    return SigmaLLM(config.model_config(tokenizer.vocab_size), seed=config.run.seed).to(device)
+    model = SigmaLLM(config.model_config(tokenizer.vocab_size), seed=config.run.seed)
+    model.use_kernels(config.precision.kernel_backend)
+    return model.to(device)
 
 
 def build_optimizer(config: SigmaConfig, model: nn.Module) -> OptimizerSet:
@@ -150,6 +153,7 @@ def build_trainer(
     """Everything `fit` needs, wired. Raises ValueError or RuntimeError before anything is written
     if the machine or the settings cannot do what is asked."""
     device = resolve_device(config)
+    require_kernel_backend(config, device)
     configure_threads()
     keep_freed_memory()
     seed_everything(config.run.seed)

@@ -16,6 +16,7 @@ from model.ternary_linear import (
     weight_gradient,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU: Triton's interpreter
 SHAPES = [(1, 1, 1), (1, 64, 63), (63, 100, 64), (100, 63, 500), (500, 17, 100)]  # M, N, K
 
 
@@ -32,7 +33,8 @@ def poisoned_memory(monkeypatch):
 
 
 def random(*shape, seed, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(device=DEVICE, dtype=dtype)
 
 
 @pytest.mark.parametrize(("rows", "_outputs", "columns"), [*SHAPES, (3, 1, 5000)])
@@ -46,7 +48,7 @@ def test_rows_are_rounded_as_defined(rows, _outputs, columns, dtype):
 
 
 def test_row_of_zeros_stays_zero_and_ties_go_to_even():
-    x = torch.tensor([[0.0, 0.0, 0.0], [127.0, 0.5, 1.5], [-127.0, 2.5, -3.5]])
+    x = torch.tensor([[0.0, 0.0, 0.0], [127.0, 0.5, 1.5], [-127.0, 2.5, -3.5]], device=DEVICE)
     codes, scale = quantize_rows(x)
     assert codes.tolist() == [[0, 0, 0], [127, 0, 2], [-127, 2, -4]]
     assert torch.isfinite(scale).all()
@@ -85,9 +87,10 @@ def test_int8_product_is_exact(rows, outputs, depth):
     generator = torch.Generator().manual_seed(depth)
     a = torch.randint(-127, 128, (rows, depth), dtype=torch.int8, generator=generator)
     b = torch.randint(-1, 2, (outputs, depth), dtype=torch.int8, generator=generator)
-    ones = torch.ones(max(rows, outputs))
+    exact = (a.long() @ b.long().T).float().to(DEVICE)
+    a, b, ones = a.to(DEVICE), b.to(DEVICE), torch.ones(max(rows, outputs), device=DEVICE)
     product = int8_product(a, b, a_scale=ones[:rows], b_scale=ones[:outputs], dtype=torch.float32)
-    assert torch.equal(product, (a.long() @ b.long().T).float())
+    assert torch.equal(product, exact)
     a_scale, b_scale = random(rows, seed=4), random(outputs, seed=5)
     scaled = int8_product(a, b, a_scale=a_scale, b_scale=b_scale, dtype=torch.float32)
     torch.testing.assert_close(scaled, product * a_scale[:, None] * b_scale, rtol=1e-6, atol=0.0)
@@ -140,11 +143,36 @@ def test_expanded_gradient_is_taken():
     """sum() hands backward a gradient of stride 0."""
     x, weight = random(5, 40, seed=17).requires_grad_(), random(33, 40, seed=18).requires_grad_()
     ternary_linear(x, weight, dtype=torch.float32).sum().backward()
-    expected = reference_ops.ternary_linear_backward(torch.ones(5, 33), x.detach(), weight.detach())
+    expected = reference_ops.ternary_linear_backward(
+        torch.ones(5, 33, device=DEVICE), x.detach(), weight.detach()
+    )
     torch.testing.assert_close(x.grad, expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight.grad, expected[1], rtol=1e-5, atol=1e-4)
 
 
 def test_no_tokens():
-    y = ternary_linear(torch.zeros(2, 0, 8), random(4, 8, seed=19), dtype=torch.float32)
+    y = ternary_linear(
+        torch.zeros(2, 0, 8, device=DEVICE), random(4, 8, seed=19), dtype=torch.float32
+    )
     assert y.shape == (2, 0, 4)
+
+
+def test_whole_model_trains_as_with_torch():
+    """Loss of one step, and the direction of every gradient, with only input gradients rounded."""
+    from tests.model.test_weight_cache import loss_of, small_model
+
+    plain, fast = small_model(), small_model()
+    fast.use_kernels("triton")
+    loss, expected = loss_of(fast, 1), loss_of(plain, 1)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    for (name, found), wanted in zip(fast.named_parameters(), plain.parameters()):
+        cosine = torch.nn.functional.cosine_similarity(
+            found.grad.flatten(), wanted.grad.flatten(), dim=0
+        )
+        assert cosine > 0.995, name
+    assert any(
+        not torch.equal(found.grad, wanted.grad)
+        for found, wanted in zip(fast.parameters(), plain.parameters())
+    )

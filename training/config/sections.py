@@ -159,6 +159,11 @@ class PrecisionConfig:
         choices=("auto", "bf16", "fp16"),
     )
     no_amp: bool = flag(False, "Disable autocast (fp32).")
+    kernel_backend: str = flag(
+        "torch",
+        "Products of ternary layers: torch, or triton (int8 tensor cores, 8-bit input gradients).",
+        choices=("torch", "triton"),
+    )
     torch_compile: bool = flag(True, "Compile the model.")
     torch_compile_backend: str = flag("inductor", "Compiler back end.")
     torch_compile_mode: str = flag("default", "Compiler mode.")

@@ -154,6 +154,18 @@ def resolve_device(config: SigmaConfig) -> torch.device:
     return torch.device("cuda", index)
 
 
+def require_kernel_backend(config: SigmaConfig, device: torch.device) -> None:
+    """EnvironmentProblem if `--kernel-backend` cannot run here; there is no silent fallback."""
+    if config.precision.kernel_backend != "triton":
+        return
+    asked = "--kernel-backend triton"
+    mend = "drop the flag to compute with torch"
+    if package_version("triton") is None and package_version("triton-windows") is None:
+        raise EnvironmentProblem(f"{asked}: the package triton is not installed", mend)
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") == "0":
+        raise EnvironmentProblem(f"{asked}: Triton needs a GPU and this run is on the CPU", mend)
+
+
 def autocast_dtype(config: SigmaConfig, device: torch.device) -> torch.dtype | None:
     """Autocast type of the forward; None = fp32 without autocast. fp16 needs a GradScaler.
 

@@ -40,7 +40,8 @@ ADDED = {
     "--warmup-steps", "--warmdown-fraction", "--lr-final-ratio", "--eval-interval",
     "--eval-tokens", "--sample-interval", "--sample-prompt", "--sample-tokens", "--ema-enabled",
     "--ema-decay", "--ema-start-fraction", "--curriculum-enabled", "--curriculum-phases",
-    "--eval-file", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--weights",
+    "--kernel-backend", "--eval-file", "--prompt", "--max-new-tokens", "--temperature", "--top-k",
+    "--weights",
 }  # fmt: skip
 
 
