@@ -171,7 +171,7 @@ def test_too_small_a_disk_is_found_before_anything_is_downloaded(make_installer,
     usage = shutil.disk_usage(ROOT)._replace(free=300_000_000)
     monkeypatch.setattr(installer.shutil, "disk_usage", lambda folder: usage)
     made = make_installer(CPU, offered={})
-    with pytest.raises(SetupError, match=r"about 2 GB .* has 0\.3 GB left: free some space"):
+    with pytest.raises(SetupError, match=r"about 3 GB .* has 0\.3 GB left: free some space"):
         made.create()
     assert made.commands == []
 
