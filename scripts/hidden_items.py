@@ -179,8 +179,7 @@ def succession(draw: Draw) -> Question:
 
 def word_order(draw: Draw) -> Question:
     words = (
-        f"the {draw.pick(ADJECTIVES)} {draw.pick(NOUNS)} stood in the "
-        f"{draw.pick(PLACES)}"
+        f"the {draw.pick(ADJECTIVES)} {draw.pick(NOUNS)} stood in the {draw.pick(PLACES)}"
     ).split()
     choices = [" ".join(words)]
     while len(choices) < NUM_CHOICES:

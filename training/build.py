@@ -22,8 +22,12 @@ from training.data import TokenCorpus, TokenStream, tokenize_corpus, validation_
 from training.evaluation import EvalResult, evaluate_bpb
 from training.features import FEATURES
 from training.features.base import Feature, FeatureSet
+from training.hidden_eval import choose_questions, read_manifest
+from training.hidden_process import HiddenEvalProcess, program_command
+from training.integrity_guards import IntegrityGuards, SourceGuard, check_steps
 from training.optimizer import OptimizerSet
 from training.optimizer import build_optimizer as optimizer_for
+from training.runtime.atomic_io import FileOps
 from training.runtime.checkpoint import CheckpointStore
 from training.runtime.environment import (
     CACHE_DIRECTORY,
@@ -38,7 +42,9 @@ from training.runtime.environment import (
 )
 from training.runtime.recorder import RunRecorder
 from training.runtime.report_html import write_report
+from training.runtime.restore import find_candidates
 from training.runtime.state_tree import join_state
+from training.runtime.symbols import check_symbols
 from training.runtime.ui import RunDisplay
 from training.sigma_trainer import RunServices, SigmaTrainer
 from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte
@@ -152,11 +158,16 @@ def build_trainer(
 ) -> SigmaTrainer:
     """Everything `fit` needs, wired. Raises ValueError or RuntimeError before anything is written
     if the machine or the settings cannot do what is asked."""
+    if config.integrity.strict_runtime_audit:
+        check_symbols()
     device = resolve_device(config)
     require_kernel_backend(config, device)
     configure_threads()
     keep_freed_memory()
     seed_everything(config.run.seed)
+    feature_set = FeatureSet(features, config, seed=config.run.seed)
+    if config.integrity.strict_feature_usage:
+        check_steps(feature_set.first_steps(), steps=config.run.steps)
     tokenizer = build_tokenizer(config)
     corpus = build_corpus(config, tokenizer)
     model = build_model(config, tokenizer, device)
@@ -172,16 +183,18 @@ def build_trainer(
         tokens_per_step=tokens_per_step,
         ema_beta=config.run.metrics_ema_beta,
     )
+    guards = build_guards(config, device=device, message=recorder.display.message)
     services = RunServices(
         store=build_store(config, tokenizer, corpus),
         recorder=recorder,
+        audit=guards,
         scaler=torch.amp.GradScaler(
             device.type, enabled=autocast_dtype(config, device) is torch.float16
         ),
         autocast=autocast,
         evaluate=build_evaluator(config, corpus, device),
         sample=build_sampler(config, tokenizer, device),
-        on_open=lambda: write_resolved(config, output_dir),
+        on_open=lambda: (write_resolved(config, output_dir), guards.open()),
         write_report=write_report,
         forward_model=compile_model(config, model),
         start_facts=start_facts(config, model),
@@ -192,10 +205,58 @@ def build_trainer(
         model=model,
         optimizer=build_optimizer(config, model),
         stream=build_stream(config, corpus),
-        features=FeatureSet(features, config, seed=config.run.seed),
+        features=feature_set,
         services=services,
         device=device,
     )
+
+
+def build_guards(
+    config: SigmaConfig, *, device: torch.device, message: Callable[[str], object]
+) -> IntegrityGuards:
+    """The guards of a run; a changed program or a bad manifest is refused here."""
+    run, integrity = config.run, config.integrity
+    output_dir = Path(run.output_dir)
+    seeds: dict[str, Any] = {"run": run.seed}
+    hidden = sources = None
+    if integrity.integrity_hidden_eval_every:
+        manifest = read_manifest(integrity.integrity_hidden_eval_manifest)
+        choose_questions(manifest, integrity.integrity_hidden_eval_tasks)
+        seeds["hidden_eval_commitment"] = manifest.seed_commitment
+        hidden = HiddenEvalProcess(
+            output_dir,
+            command=lambda directory: hidden_eval_command(config, device, directory),
+            message=message,
+            every=integrity.integrity_hidden_eval_every,
+            save_interval=run.save_interval,
+            total_steps=run.steps,
+        )
+    if integrity.integrity_guards_enabled:
+        sources = SourceGuard(config, seeds=seeds)
+        checkpoints = Path(run.checkpoint_dir)
+        resumes = not run.no_resume and checkpoints.is_dir()
+        if resumes and find_candidates(FileOps(), checkpoints):
+            sources.expect_beginning()
+    return IntegrityGuards(config, sources=sources, hidden=hidden, message=message)
+
+
+def hidden_eval_command(config: SigmaConfig, device: torch.device, directory: Path) -> list[str]:
+    """This program once more, answering the hidden questions with the model in `directory`."""
+    integrity, precision = config.integrity, config.precision
+    return [
+        *program_command(),
+        "--mode=eval",
+        "--hidden",
+        "--json",
+        "--no-require-cuda",
+        f"--device={device}",
+        f"--output-dir={config.run.output_dir}",
+        f"--checkpoint-dir={directory}",
+        f"--precision={precision.precision}",
+        *(["--no-amp"] if precision.no_amp else []),
+        f"--integrity-hidden-eval-manifest={integrity.integrity_hidden_eval_manifest}",
+        f"--integrity-hidden-eval-tasks={integrity.integrity_hidden_eval_tasks}",
+    ]
 
 
 def compile_model(config: SigmaConfig, model: nn.Module) -> Callable[..., Any]:

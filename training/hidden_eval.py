@@ -3,9 +3,9 @@
 The questions were drawn by `scripts/build_hidden_eval.py` from a seed that is not in the project;
 `hidden_eval_manifest.json` keeps its sha256 (so that whoever holds the seed can prove that nothing
 was picked by hand), the questions in packed form, and of each answer a salted hash only. The model
-ranks four continuations by log likelihood per byte; its first choice is hashed and compared. Ranking
-and not writing, because a small model writes no right answer for millions of tokens, and a figure
-that does not move measures nothing. Guessing gives 25 %.
+ranks four continuations by log likelihood per byte; its first choice is hashed and compared. It
+ranks and does not write, because a small model writes no right answer for millions of tokens, and a
+figure that does not move measures nothing. Guessing gives 25 %.
 
 The hashes keep answers out of texts, searches and accidents. They are no secret from someone who
 runs this file on every choice; what keeps a run honest is that nothing that trains can import it,
@@ -166,9 +166,7 @@ def evaluate_hidden(
     `model(input_ids (B, T)).logits` must be (B, T, V) with logits[t] for token t + 1.
     """
     texts = [(q.prompt, choice) for q in questions for choice in q.choices]
-    scores = iter(
-        score_continuations(model, tokenizer, texts, device=device, autocast=autocast)
-    )
+    scores = iter(score_continuations(model, tokenizer, texts, device=device, autocast=autocast))
     passed = 0
     for question in questions:
         ranked = [(next(scores), choice) for choice in question.choices]

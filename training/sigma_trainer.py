@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import nn
 
+from training.audit import RunAudit
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.data import Batch, TokenStream
@@ -44,11 +45,12 @@ class RunServices:
 
     autocast: context of every forward. sample: text the model writes now. on_open: called once the
     run directory is locked (the resolved settings). write_report: called after saves.
-    forward_model: the model, or its compiled form.
+    forward_model: the model, or its compiled form. audit: guards that watch and never steer.
     """
 
     store: CheckpointStore
     recorder: RunRecorder
+    audit: RunAudit
     scaler: torch.amp.GradScaler
     autocast: Callable[[], AbstractContextManager[Any]]
     evaluate: Callable[[nn.Module], EvalResult]
@@ -200,6 +202,7 @@ class SigmaTrainer:
                 "stream": self.stream.state_dict(),
                 "recorder": self.services.recorder.state_dict(),
                 "guard": self.guard.state_dict(),
+                "audit": self.services.audit.state_dict(),
                 "model_metrics": self.model.metrics_state(),
                 "scaler": self.services.scaler.state_dict(),
                 "rng": capture_rng_state(),
@@ -233,6 +236,7 @@ class SigmaTrainer:
                 raise
             self.services.recorder.display.message(f"checkpoint not written: {error}")
             return
+        self.services.audit.verify(self.step)
         self._refresh_report(now=block)
 
     def _refresh_report(self, *, now: bool) -> None:
@@ -254,7 +258,7 @@ class SigmaTrainer:
         self.features.run("on_setup", replace(self.begin_step(), step=self.step))
         if checkpoint is not None and state is not None:
             self.load_state_dict(state)
-            self.step = checkpoint.step
+            self._follow(checkpoint, state)
         recorder.display.start(step=self.step, total_steps=run.steps)
         if self.step:
             recorder.display.message(f"resumed from step {self.step} ({checkpoint.path})")
@@ -264,12 +268,14 @@ class SigmaTrainer:
             "checkpoint_resume_step": self.step,
             "checkpoint_quarantine_count": self.services.store.quarantine_count,
             **self.features.metrics(),
+            **self.services.audit.metrics(),
         }
         recorder.write_start_row(self.step, facts)
 
     def _after_step(self, ctx: StepContext, *, save_now: bool) -> None:
         recorder, run, evaluation = self.services.recorder, self.config.run, self.config.eval
         recorder.observe(ctx)
+        self.services.audit.observe(self.step, self.model)
         last = self.step == run.steps
         extra: dict[str, Any] = {"eval_loss": None, "eval_bpb": None}
         if last or _due(self.step, evaluation.eval_interval):
@@ -281,6 +287,7 @@ class SigmaTrainer:
             extra |= {
                 **self.model.metrics(),
                 **self.features.metrics(),
+                **self.services.audit.metrics(),
                 "checkpoint_step": self.services.store.last_saved_step,
                 "checkpoint_save_s": self.services.store.last_save_seconds,
                 "steps_skipped": len(self.guard.skipped),
@@ -302,11 +309,7 @@ class SigmaTrainer:
                 f"stopped at step {self.step}, saved; the same command resumes exactly there"
             )
             return
-        idle = self.features.idle_features()
-        if self.config.run.proof_mode and idle:
-            raise RuntimeError(
-                f"proof mode: enabled features without a single effect: {', '.join(idle)}"
-            )
+        self.services.audit.judge(self.features.idle_features())
         display.message(f"finished {self.step} steps; results in {self.output_dir}")
 
     def _reject(self, step: int, verdict: Verdict) -> None:
@@ -325,8 +328,14 @@ class SigmaTrainer:
         state = _joined(checkpoint)
         self.load_state_dict(state, keep_position=True)
         self.services.recorder.rewind(state["run"]["recorder"])
-        self.step = checkpoint.step
+        self._follow(checkpoint, state)
         display.message(f"step {step} failed three times: back to step {self.step}, on new data")
+
+    def _follow(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+        """Take over the step of a checkpoint whose state is in place."""
+        self.step = checkpoint.step
+        audited = state["run"].get("audit", {})
+        self.services.audit.load_state_dict(audited, step=self.step, model=self.model)
 
     def _report_crash(self, error: Exception) -> None:
         recorder = self.services.recorder
@@ -346,6 +355,7 @@ class SigmaTrainer:
     def _close(self) -> None:
         self.features.close()
         try:
+            self.services.audit.close()
             self.services.store.close()
         finally:
             self.services.recorder.close()

@@ -21,6 +21,7 @@ TINY = """
 --log-interval 1 --save-interval 8 --max-checkpoints 100
 --eval-interval 16 --eval-tokens 256 --sample-interval 32 --sample-tokens 4
 --ema-enabled --ema-start-fraction 0.25 --curriculum-enabled --dropout 0.05
+--no-strict-feature-usage --integrity-hidden-eval-every 0
 """
 WALL_CLOCK = (
     "_s", "_ms", "tokens_per_s", "time_utc", "cpu_percent", "ram_", "gpu_", "_per_s_ema",

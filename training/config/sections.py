@@ -203,8 +203,29 @@ class CurriculumConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class IntegrityConfig:
+    integrity_guards_enabled: bool = flag(True, "Write and verify integrity_manifest.json.")
+    strict_runtime_audit: bool = flag(
+        True, "Refuse missing symbols at start-up and source files that change during the run."
+    )
+    strict_feature_usage: bool = flag(
+        True, "Refuse --steps too small for an enabled feature; fail if one never acted."
+    )
+    integrity_hidden_eval_manifest: str = flag(
+        "", "Hidden evaluation; empty = training/hidden_eval_manifest.json.", is_path=True
+    )
+    integrity_hidden_eval_every: int = flag(
+        2, "Hidden evaluation every N checkpoint saves; 0 = never.", minimum=0
+    )
+    integrity_hidden_eval_tasks: int = flag(
+        200, "Questions per hidden evaluation.", minimum=200, maximum=10**6
+    )
+
+
+@dataclass(slots=True, kw_only=True)
 class GenerateConfig:
     eval_file: str = flag("", "Text file that --mode eval measures.", is_path=True)
+    hidden: bool = flag(False, "Let --mode eval answer the hidden evaluation instead of a text.")
     prompt: str = flag("", "Text that --mode generate continues.")
     max_new_tokens: int = flag(128, "Most tokens that --mode generate writes.", minimum=1)
     temperature: float = flag(

@@ -18,6 +18,7 @@ from training.config.sections import (
     EmaConfig,
     EvalConfig,
     GenerateConfig,
+    IntegrityConfig,
     ModelConfig,
     OptimConfig,
     PrecisionConfig,
@@ -43,6 +44,7 @@ class SigmaConfig:
     curriculum: CurriculumConfig = section(
         CurriculumConfig, title="Sequence-length curriculum", prefix="curriculum"
     )
+    integrity: IntegrityConfig = section(IntegrityConfig, title="Integrity and audit")
     generate: GenerateConfig = section(GenerateConfig, title="Evaluating and generating")
 
     def model_config(self, vocab_size: int) -> SigmaModelConfig:
@@ -72,6 +74,8 @@ class SigmaConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must name a directory")
         if not self.data.tokenizer_name.strip():
             raise ConfigError("--tokenizer-name must not be empty; the shipped one is assets")
+        if self.generate.hidden and self.generate.eval_file:
+            raise ConfigError("--hidden and --eval-file exclude each other: give one of them")
 
     def _validate_curriculum(self) -> None:
         if not self.curriculum.enabled:

@@ -37,6 +37,11 @@ class Schedule:
     start_step: int = 0
     interval: int = 1
 
+    @property
+    def first_step(self) -> int:
+        """The first step of a run at which the feature is called; steps count from 1."""
+        return self.start_step if self.start_step > 0 else self.interval
+
     def covers(self, step: int) -> bool:
         return step >= self.start_step and (step - self.start_step) % self.interval == 0
 
@@ -137,6 +142,14 @@ class FeatureSet:
     def mark(self, name: str, count: int = 1) -> None:
         """Count effects of a feature that is called as a service instead of by phase."""
         self._entry(name).effective_calls += count
+
+    def first_steps(self) -> dict[str, int]:
+        """The step at which each enabled feature can first act."""
+        return {
+            entry.name: entry.schedule.first_step
+            for entry in self._entries
+            if entry.schedule is not None
+        }
 
     def metrics(self) -> dict[str, float]:
         """`feature_<name>_{enabled,effective_calls,ms}` of all features; reads the device."""

@@ -1,4 +1,8 @@
-"""`--mode eval`: bits per byte of the newest checkpoint, on a file or on the validation split."""
+"""`--mode eval`: bits per byte of the newest checkpoint, on a file or on the validation split.
+
+With `--hidden` it answers the hidden evaluation instead; a training run starts this mode in a
+process of its own (training/hidden_process.py).
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,15 @@ from training.config.cli import load_json
 from training.config.sigma_config import SigmaConfig
 from training.data import Batch, text_batches, validation_batches
 from training.evaluation import evaluate_bpb
+from training.hidden_eval import as_columns, choose_questions, evaluate_hidden, read_manifest
 from training.runtime.environment import configure_threads, resolve_device
 from training.tokenizer import Tokenizer
 
 
 def run(config: SigmaConfig) -> int:
     """Measure and print; ValueError says in one line what is missing. Reads only."""
+    if config.generate.hidden:
+        return _run_hidden(config)
     content = _read_file(config.generate.eval_file)
     device = resolve_device(config)
     configure_threads()
@@ -41,6 +48,26 @@ def run(config: SigmaConfig) -> int:
         "tokens_per_s": result.num_tokens / max(seconds, 1e-9),
     }
     print(json.dumps(report) if config.run.json else _sentences(report))
+    return 0
+
+
+def _run_hidden(config: SigmaConfig) -> int:
+    """Share of hidden questions answered rightly, with its interval."""
+    manifest = read_manifest(config.integrity.integrity_hidden_eval_manifest)
+    questions = choose_questions(manifest, config.integrity.integrity_hidden_eval_tasks)
+    device = resolve_device(config)
+    configure_threads()
+    model, tokenizer, step = load_for_inference(config)
+    autocast = build_autocast(config, device)
+    result = evaluate_hidden(model, tokenizer, questions, device=device, autocast=autocast)
+    report = {"checkpoint_step": step, **as_columns(result), "chance": manifest.chance}
+    sentence = (
+        f"{result.hidden_eval_pass:.1%} of {result.hidden_eval_n} hidden questions answered "
+        f"rightly (95 % interval {result.hidden_eval_ci_low:.1%} to "
+        f"{result.hidden_eval_ci_high:.1%}; guessing gives {manifest.chance:.1%}), "
+        f"checkpoint of step {step}"
+    )
+    print(json.dumps(report) if config.run.json else sentence)
     return 0
 
 
