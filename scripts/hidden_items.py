@@ -139,7 +139,8 @@ def being(draw: Draw) -> Question:
 
 def verb_form(draw: Draw) -> Question:
     truth = draw.below(NUM_CHOICES)
-    forms = draw.pick(VERBS).split()
+    # "draw" begins "drawing": only the word behind tells a model that the form is complete.
+    forms = [f"{form} again" for form in draw.pick(VERBS).split()]
     person = f"the {draw.pick(ADJECTIVES)} man from the {draw.pick(PLACES)}"
     return f"{scene(draw)}, and {person} {draw.pick(FORM_FRAMES[truth])}", forms, truth
 

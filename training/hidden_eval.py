@@ -119,7 +119,7 @@ def decode_manifest(text: str) -> HiddenManifest:
             )
         )
         passages = np.frombuffer(_unpack(document["passages"]), dtype="<u8")
-    except (KeyError, TypeError, AttributeError, zlib.error) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise ValueError(f"is not a hidden evaluation manifest ({error})") from error
     return HiddenManifest(
         generator=document["generator"],
