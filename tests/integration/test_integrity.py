@@ -111,7 +111,7 @@ def test_too_few_steps_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(RuntimeError, match=r"--steps 12 .* late \(needs 100\)"):
         train([*flags, "--strict-feature-usage"], features=(Late,))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(RuntimeError, match="proof mode: .* late"):
+    with pytest.raises(RuntimeError, match=r"proof mode: .* late"):
         train([*flags, "--proof-mode"], features=(Late,))
 
 

@@ -122,9 +122,7 @@ def test_a_resumed_run_shows_the_same_figures_at_the_same_steps(tmp_path, stop):
     resumed = runs.again()
     resumed.load_state_dict(state, step=stop, model=runs.model)
     after = run_steps(resumed, runs.model, range(stop + 1, 21))
-    assert before + after == [
-        (s, None if s < 12 else 8 if s < 20 else 16) for s in range(1, 21)
-    ]
+    assert before + after == [(s, None if s < 12 else 8 if s < 20 else 16) for s in range(1, 21)]
     assert resumed.metrics()["hidden_eval_pass"] == 16
     resumed.close()
 

@@ -94,11 +94,11 @@ def test_a_new_and_a_missing_file_count_and_line_ends_do_not(tmp_path, program):
     (program / "model/a.py").write_bytes(b"a = 1\r\n")
     sources.verify(1)
     (program / "training/new.py").touch()
-    with pytest.raises(TamperedSource, match="training/new.py .* none \\(a new file\\)"):
+    with pytest.raises(TamperedSource, match=r"training/new.py .* none \(a new file\)"):
         sources.verify(2)
     (program / "training/new.py").unlink()
     (program / "model/a.py").unlink()
-    with pytest.raises(TamperedSource, match="model/a.py .* no file"):
+    with pytest.raises(TamperedSource, match=r"model/a.py .* no file"):
         sources.verify(3)
 
 
@@ -120,7 +120,7 @@ def test_a_resumed_run_is_held_to_the_files_it_began_with(tmp_path, program):
     same.write(step=0)
     assert same.matches and record(tmp_path)["created_utc"] == created
     (program / "model/a.py").write_text("a = 2\n")
-    with pytest.raises(TamperedSource, match="model/a.py .* --no-resume"):
+    with pytest.raises(TamperedSource, match=r"model/a.py .* --no-resume"):
         guard(tmp_path, program).expect_beginning()
     accepted = guard(tmp_path, program, "--no-strict-runtime-audit")
     accepted.expect_beginning()
@@ -135,7 +135,7 @@ def test_a_damaged_manifest_is_one_line_and_a_missing_one_begins_now(tmp_path, p
     sources.expect_beginning()
     for content in ("", "{", "[]", '{"files": 3}', '{"files": {}}'):
         (tmp_path / "run" / MANIFEST_NAME).write_text(content)
-        with pytest.raises(ValueError, match="cannot be read") as failure:
+        with pytest.raises(ValueError, match=r"cannot be read") as failure:
             sources.expect_beginning()
         assert "\n" not in str(failure.value)
 
@@ -143,9 +143,7 @@ def test_a_damaged_manifest_is_one_line_and_a_missing_one_begins_now(tmp_path, p
 def guards(tmp_path, *flags, sources=None):
     messages = []
     config = parse_args(tiny_flags(tmp_path / "run", *flags))
-    return IntegrityGuards(
-        config, sources=sources, hidden=None, message=messages.append
-    ), messages
+    return IntegrityGuards(config, sources=sources, hidden=None, message=messages.append), messages
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ def tuples_of(text: str) -> list[tuple[str, ...]]:
 
 
 def random_text(rng: random.Random, *, words: int, vocabulary: int) -> str:
-    return "".join(
-        f"{rng.choice(['', 'X', 'ß'])}w{rng.randrange(vocabulary)}{rng.choice([' ', ', ', chr(10)])}"
-        for _ in range(words)
-    )
+    def word() -> str:
+        return f"{rng.choice(['', 'X', 'ß'])}w{rng.randrange(vocabulary)}"
+
+    return "".join(word() + rng.choice([" ", ", ", "\n"]) for _ in range(words))
 
 
 def test_hashes_are_equal_exactly_where_the_words_are():
