@@ -45,7 +45,7 @@ def build_manifest(seed: bytes, *, num_questions: int = NUM_QUESTIONS) -> Hidden
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Draw a new hidden evaluation.")
     parser.add_argument("--seed-file", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=DEFAULT_MANIFEST)
     parser.add_argument("--check", action="store_true", help="compare, write nothing")

@@ -70,7 +70,7 @@ def test_tampering_during_the_run_ends_it_with_everything_saved(tmp_path, monkey
         return real(root) | ({"model/mla.py": "0" * 64} if len(calls) == 3 else {})
 
     monkeypatch.setattr(guards, "fingerprint_files", tampered)
-    with pytest.raises(TamperedSource, match="model/mla.py was changed"):
+    with pytest.raises(TamperedSource, match=r"model/mla.py was changed"):
         train(tiny_flags(tmp_path / "run", *SHORT))
     assert (tmp_path / "run" / "checkpoints" / "checkpoint_step_00000008").is_dir()
     assert list((tmp_path / "run" / "errors").glob("crash_step_00000008_*.json"))
