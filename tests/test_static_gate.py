@@ -41,6 +41,33 @@ MACHINE_PATH = re.compile(
 )
 
 
+# The one program whose purpose is to run foreign code, inside a sandbox.
+MAY_EXECUTE = ("training/rl/sandbox_child.py",)
+# Built-in functions and library calls that run or unpickle what they are given.
+EXECUTING = ("eval", "exec", "compile")
+LOADERS = re.compile(
+    r"(c|cloud)?[pP]ickle\.(load|loads|Unpickler)|dill\.loads?|joblib\.load|marshal\.loads?"
+    r"|shelve\.open|(pd|pandas)\.read_pickle|torch\.(hub\.load|package\.PackageImporter)"
+    r"|torch\.(jit|export)\.load|yaml\.(load|unsafe_load|full_load|load_all)"
+    r"|ssl\._create_unverified_context|tempfile\.mktemp"
+)
+SHELLS = (
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "asyncio.create_subprocess_shell",
+    "create_subprocess_shell",
+)
+# Arguments that must be False wherever they are given: in a call, a dictionary or a definition.
+REFUSED = ("trust_remote_code", "allow_pickle", "shell", "remote_code")
+UNPICKLERS = ("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
+
+
+def is_false(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value in (False, 0, None)
+
+
 def is_true(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is True
 
@@ -49,16 +76,16 @@ def call_faults(call: ast.Call) -> Iterator[str]:
     """What is wrong with one call."""
     name = ast.unparse(call.func)
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-    if re.fullmatch(r"(c|cloud)?[pP]ickle\.(load|loads|Unpickler)|dill\.loads?|joblib\.load", name):
+    if LOADERS.fullmatch(name) or name in SHELLS or name in EXECUTING:
         yield name
     if name == "torch.load" and not is_true(keywords.get("weights_only", ast.Constant(None))):
         yield "torch.load without weights_only=True"
-    if "shell" in keywords and ast.unparse(keywords["shell"]) not in ("False", "0"):
-        yield "shell"
-    if name in ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"):
-        yield name
-    for argument in ("trust_remote_code", "allow_pickle"):
-        if argument in keywords and ast.unparse(keywords[argument]) != "False":
+    if name.endswith(".extractall") and "filter" not in keywords:
+        yield "extractall without a filter"
+    if "verify" in keywords and is_false(keywords["verify"]):
+        yield "verify=False"
+    for argument in REFUSED:
+        if argument in keywords and not is_false(keywords[argument]):
             yield argument
 
 
@@ -66,16 +93,56 @@ def code_faults(source: str, *, path: str) -> list[str]:
     """Doors through which a file could let foreign code in."""
     faults = []
     for node in ast.walk(ast.parse(source, filename=path)):
+        found: list[str] = []
         if isinstance(node, ast.Call):
-            faults += [f"{path}:{node.lineno}: {fault}" for fault in call_faults(node)]
-        elif isinstance(node, ast.ImportFrom) and node.module in ("pickle", "dill", "joblib"):
-            # `from pickle import load` would hide the name that the rule above looks for.
-            faults.append(f"{path}:{node.lineno}: from {node.module} import")
+            found = list(call_faults(node))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found = list(import_faults(node))
         elif isinstance(node, ast.Dict):
-            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-            if "trust_remote_code" in keys:
-                faults.append(f"{path}:{node.lineno}: trust_remote_code")
+            found = [
+                str(key.value)
+                for key, value in zip(node.keys, node.values, strict=True)
+                if isinstance(key, ast.Constant) and key.value in REFUSED and not is_false(value)
+            ]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {ast.unparse(target).split(".")[-1] for target in targets}
+            found = [name for name in names & set(REFUSED) if not is_false(node.value)]
+        elif isinstance(node, ast.arguments):
+            found = [name for name in REFUSED if name in opened_defaults(node)]
+        if path in MAY_EXECUTE:
+            found = [fault for fault in found if fault not in EXECUTING]
+        line = getattr(node, "lineno", 0)
+        faults += [f"{path}:{line}: {fault}" for fault in found]
     return faults
+
+
+def import_faults(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """Imports that would hide a name from the rules about calls."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            if alias.asname and alias.name in (*UNPICKLERS, "os", "subprocess", "torch"):
+                yield f"import {alias.name} under another name"
+    elif node.module in UNPICKLERS:
+        yield f"from {node.module} import"
+    elif node.module in ("torch", "torch.hub", "os", "yaml"):
+        yield from (
+            f"from {node.module} import {alias.name}"
+            for alias in node.names
+            if f"{node.module}.{alias.name}"
+            in (*SHELLS, "torch.load", "torch.hub.load", "yaml.load")
+        )
+
+
+def opened_defaults(arguments: ast.arguments) -> set[str]:
+    """Parameters whose default is something else than False."""
+    plain = [*arguments.posonlyargs, *arguments.args]
+    with_default = plain[len(plain) - len(arguments.defaults) :]
+    pairs = [
+        *zip(with_default, arguments.defaults, strict=True),
+        *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
+    ]
+    return {name.arg for name, value in pairs if value is not None and not is_false(value)}
 
 
 def text_faults(text: str, *, path: str) -> list[str]:
@@ -142,6 +209,30 @@ def test_no_registry_host_and_no_machine_path():
         "AutoModel.from_pretrained(name, trust_remote_code=flag)",
         "AutoModel.from_pretrained(name, **{'trust_remote_code': True})",
         "numpy.load(path, allow_pickle=True)",
+        "import pickle as p",
+        "import torch as t",
+        "from torch import load",
+        "from torch.hub import load",
+        "from os import system",
+        "from marshal import loads",
+        "torch.hub.load(repository, name)",
+        "torch.jit.load(path)",
+        "marshal.loads(data)",
+        "shelve.open(path)",
+        "pandas.read_pickle(path)",
+        "yaml.load(text)",
+        "eval(text)",
+        "exec(text)",
+        "compile(text, 'x', 'exec')",
+        "subprocess.run(command, **{'shell': True})",
+        "asyncio.create_subprocess_shell(command)",
+        "config.trust_remote_code = True",
+        "def load(path, *, trust_remote_code=True): pass",
+        "def run(command, shell=True): pass",
+        "requests.get(url, verify=False)",
+        "archive.extractall(folder)",
+        "ssl._create_unverified_context()",
+        "tempfile.mktemp()",
     ],
 )
 def test_a_door_for_foreign_code_is_found(source):
@@ -155,11 +246,23 @@ def test_a_door_for_foreign_code_is_found(source):
         "subprocess.run(command, shell=False)",
         "AutoModel.from_pretrained(name, trust_remote_code=False)",
         "json.load(file)",
+        "re.compile(text), torch.compile(model), model.eval()",
+        "def load(path, *, trust_remote_code=False, shell=None): pass",
+        "archive.extractall(folder, filter='data')",
+        "from torch import nn, Tensor",
+        "import numpy as np",
+        "yaml.safe_load(text)",
+        "requests.get(url, verify=True)",
         "'shell=True and pickle.load in a text are no calls'",
     ],
 )
 def test_harmless_code_is_not(source):
     assert code_faults(source, path="x.py") == []
+
+
+def test_only_the_sandboxed_child_may_execute_text():
+    assert code_faults("exec(text)", path=MAY_EXECUTE[0]) == []
+    assert code_faults("pickle.loads(data)", path=MAY_EXECUTE[0])
 
 
 @pytest.mark.parametrize("host", HOSTS)

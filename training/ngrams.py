@@ -15,12 +15,12 @@ from collections.abc import Iterable
 import numpy as np
 
 NGRAM_WORDS = 13
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"[^\W_]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that no word's place is lost modulo 2**64
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-cased runs of letters, digits and underscores."""
+    """Lower-cased runs of letters and digits."""
     return _WORD.findall(text.lower())
 
 
