@@ -107,7 +107,8 @@ def code_faults(source: str, *, path: str) -> list[str]:
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = {ast.unparse(target).split(".")[-1] for target in targets}
-            found = [name for name in names & set(REFUSED) if not is_false(node.value)]
+            # A variable may well be named "shell".
+            found = [n for n in names & set(REFUSED) - {"shell"} if not is_false(node.value)]
         elif isinstance(node, ast.arguments):
             found = [name for name in REFUSED if name in opened_defaults(node)]
         if path in MAY_EXECUTE:
@@ -252,6 +253,7 @@ def test_a_door_for_foreign_code_is_found(source):
         "from torch import nn, Tensor",
         "import numpy as np",
         "yaml.safe_load(text)",
+        "shell = find_shell()",
         "requests.get(url, verify=True)",
         "'shell=True and pickle.load in a text are no calls'",
     ],
