@@ -43,8 +43,8 @@ from training.runtime.environment import (
 from training.runtime.recorder import RunRecorder
 from training.runtime.report_html import write_report
 from training.runtime.restore import find_candidates
+from training.runtime.startup_audit import check_symbols
 from training.runtime.state_tree import join_state
-from training.runtime.symbols import check_symbols
 from training.runtime.ui import RunDisplay
 from training.sigma_trainer import RunServices, SigmaTrainer
 from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte

@@ -17,7 +17,8 @@ from training.integrity_guards import (
     fingerprint_files,
 )
 from training.runtime.environment import PROJECT_ROOT, config_hash
-from training.runtime.symbols import SYMBOLS, check_symbols, loaded_packages
+from training.runtime.startup_audit import check_symbols, loaded_modules
+from training.runtime.symbols import PROGRAM
 
 FILES = {
     "train_sigma.py": "x = 1\n",
@@ -199,11 +200,11 @@ def test_every_symbol_is_there():
     check_symbols()
 
 
-@pytest.mark.parametrize("symbol", SYMBOLS, ids=lambda symbol: f"{symbol.package}.{symbol.path}")
-def test_a_missing_symbol_names_package_symbol_user_and_mend(symbol):
-    packages = {name: module for name, module in loaded_packages().items()}
-    packages[symbol.package] = SimpleNamespace(__version__="0.1")
+@pytest.mark.parametrize("needed", PROGRAM, ids=lambda needed: needed.module)
+def test_a_missing_symbol_names_module_symbol_and_mend(needed):
+    modules = {**loaded_modules(), needed.module: SimpleNamespace(__version__="0.1")}
     with pytest.raises(RuntimeError) as failure:
-        check_symbols(packages)
+        check_symbols(modules)
     text = str(failure.value)
-    assert f"{symbol.package} 0.1 has no " in text and "scripts/launch.py" in text
+    assert f"{needed.module} 0.1 has no {needed.symbols[0].split('.')[0]}" in text
+    assert "scripts/launch.py" in text and "\n" not in text
