@@ -20,11 +20,16 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+# Started as a file: the project's folder is not on the path by itself.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from scripts.windows_lab.controls import BUILDS, CONTROLS, write_build
+
 PE32_PLUS = 0x20B
 LIMIT_S = 900
 STEPS = 30
 RESUMED_STEPS = 40
 KEPT_LINES = 12
+KEPT_CHARACTERS = 300
 STARTS = 5
 PROGRAM = "/lab/build/dist/eco_train/eco_train.exe"
 QUICKSTART = "@profiles/quickstart.txt"
@@ -141,7 +146,7 @@ def tree_mib(path: Path) -> float:
 
 
 def starts_quickly(laboratory: Laboratory, trial: Trial) -> None:
-    """Wall clock of --help (no torch) and of --version-like work, Wine's own start included."""
+    """Wall clock of --help, which imports no torch; Wine's own start is included."""
     seconds = []
     for _ in range(STARTS):
         began = time.monotonic()
@@ -228,7 +233,7 @@ def refuses_a_bad_flag(laboratory: Laboratory, trial: Trial) -> None:
 def reports_a_crash(laboratory: Laboratory, trial: Trial) -> None:
     """A folder where the run must put a file: exit code 1 and a crash JSON."""
     directory = laboratory.runs / "runs/crash"
-    (directory / "status_latest.json").mkdir(parents=True)
+    (directory / "samples.jsonl").mkdir(parents=True)
     flags = ("--output-dir", "runs/crash", "--checkpoint-dir", "runs/crash/checkpoints")
     laboratory.program(trial, QUICKSTART, *CPU, *flags, "--steps", "20", exit_code=1)
     reports = [path for path in directory.rglob("*crash*.json") if path.is_file()]
@@ -245,6 +250,28 @@ def takes_backslashes(laboratory: Laboratory, trial: Trial) -> None:
     check(last_step(laboratory.runs / "runs/sigma_debug") == 2, "no run in runs/sigma_debug")
 
 
+def freezes_probes(laboratory: Laboratory, trial: Trial) -> None:
+    """The probe frozen whole and with parts of the recipe left out: see controls.py."""
+    for build in BUILDS:
+        seen_as = f"Z:/lab/trials/{build.name}"
+        folder = laboratory.runs / build.name
+        write_build(build, folder, seen_as=seen_as, project="Z:/lab/project")
+        places = (f"--distpath={seen_as}/dist", f"--workpath={seen_as}/work")
+        packer = ("/lab/python/python.exe", "-m", "PyInstaller", "--noconfirm", *places)
+        laboratory.expect(trial, *packer, f"{seen_as}/probe.spec")
+    faults = []
+    for control in CONTROLS:
+        name = " ".join((control.build, *control.arguments))
+        program = f"/lab/trials/{control.build}/dist/probe/probe.exe"
+        code, output = laboratory.start(program, *control.arguments)
+        said = [line for line in output.splitlines() if control.says in line]
+        if not said or (code == 0) != control.works:
+            faults.append(f"{name}: exit code {code}, without {control.says!r}")
+        trial.facts[name] = said[-1][-KEPT_CHARACTERS:] if said else output[-KEPT_CHARACTERS:]
+    trial.said = []
+    check(not faults, "; ".join(faults))
+
+
 TRIALS: tuple[Callable[[Laboratory, Trial], None], ...] = (
     is_windows_program,
     starts_quickly,
@@ -255,6 +282,7 @@ TRIALS: tuple[Callable[[Laboratory, Trial], None], ...] = (
     takes_backslashes,
     reports_a_crash,
     saves_when_interrupted,
+    freezes_probes,
 )
 
 
