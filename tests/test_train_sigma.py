@@ -159,15 +159,34 @@ def test_an_interrupt_before_the_run_is_130(monkeypatch, tmp_path):
     assert train_with(monkeypatch, tmp_path, build_error=KeyboardInterrupt()) == 130
 
 
-def test_a_start_without_arguments_takes_the_first_profile_beside_it(tmp_path):
+def test_a_start_without_arguments_takes_the_args_file_else_a_profile(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sigma, "is_interactive", lambda: False)
     with pytest.raises(ConfigError, match="no arguments"):
         train_sigma.default_arguments(tmp_path)
     (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles" / "quickstart.txt").touch()
+    for name in ("a_profile", "quickstart", "z_profile"):
+        (tmp_path / "profiles" / f"{name}.txt").touch()
     quickstart = tmp_path / "profiles/quickstart.txt"
     assert train_sigma.default_arguments(tmp_path) == [f"@{quickstart}"]
     (tmp_path / "train_sigma_args.txt").touch()
     assert train_sigma.default_arguments(tmp_path) == [f"@{tmp_path / 'train_sigma_args.txt'}"]
+
+
+def test_a_person_chooses_or_quits(tmp_path, monkeypatch, capsys):
+    (tmp_path / "profiles").mkdir()
+    for name in ("other", "quickstart"):
+        (tmp_path / "profiles" / f"{name}.txt").write_text(f"# the {name}\n--mode plan\n")
+    monkeypatch.setattr(train_sigma, "is_interactive", lambda: True)
+    monkeypatch.setattr(train_sigma, "read_line", lambda seconds: "2")
+    other = tmp_path / "profiles/other.txt"
+    assert train_sigma.default_arguments(tmp_path) == [f"@{other}"]
+    assert "the other" in capsys.readouterr().out
+    monkeypatch.setattr(train_sigma, "read_line", lambda seconds: "q")
+    monkeypatch.setattr(train_sigma, "program_directory", lambda: tmp_path)
+    monkeypatch.setattr(train_sigma, "dispatch", lambda config: 99)
+    assert train_sigma.main([]) == 0
+    monkeypatch.setattr(train_sigma, "read_line", lambda seconds: None)
+    assert train_sigma.main([]) == 99
 
 
 def test_a_frozen_program_looks_beside_its_exe(tmp_path, monkeypatch):
@@ -180,9 +199,7 @@ def test_workers_are_caught_first_and_every_import_is_static():
     tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
     guard = tree.body[-1]
     assert isinstance(guard, ast.If)
-    first, second = (ast.unparse(statement) for statement in guard.body[:2])
-    assert first == "multiprocessing.freeze_support()"
-    assert second == "use_utf8_output()"
+    assert ast.unparse(guard.body[0]) == "prepare_frozen()"
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert not names & {"importlib", "__import__", "exec", "eval"}
 

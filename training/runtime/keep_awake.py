@@ -8,6 +8,7 @@ Source: Microsoft's documentation of SetThreadExecutionState.
 from __future__ import annotations
 
 import ctypes
+import sys
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from training.runtime.console import windows_kernel
 
 CONTINUOUS = 0x80000000  # ES_CONTINUOUS: until it is said otherwise
 SYSTEM_REQUIRED = 0x00000001  # ES_SYSTEM_REQUIRED: the system, not the display
+ADVICE = "it would not be kept awake; see its energy settings"
 
 
 class KeepAwake(AbstractContextManager["KeepAwake"]):
@@ -31,6 +33,8 @@ class KeepAwake(AbstractContextManager["KeepAwake"]):
 
     def __enter__(self) -> KeepAwake:
         self.held = self._request(CONTINUOUS | SYSTEM_REQUIRED)
+        if self._kernel32 is not None and not self.held:
+            print("Windows may suspend this machine while it trains: " + ADVICE, file=sys.stderr)
         return self
 
     def __exit__(
