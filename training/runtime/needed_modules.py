@@ -14,8 +14,8 @@ from dataclasses import dataclass
 class NeededModule:
     """A module, the distribution it comes from, and dotted names that must be found in it.
 
-    part: "program" (it trains with it), "kernels" (only where there is Triton), "fine-tuning",
-    "build". needs_gpu: the module refuses to be imported on a machine without CUDA, so that there
+    part: "program" (it trains with it), "hugging-face" (the model's face to transformers, not in the
+    EXE), "kernels" (only where there is Triton), "fine-tuning", "build". needs_gpu: the module refuses to be imported on a machine without CUDA, so that there
     it can only be seen to be there.
     """
 
@@ -72,21 +72,17 @@ PROGRAM = (
         distribution="tokenizers",
         symbols=("Regex", "Tokenizer", "decoders", "models", "pre_tokenizers", "trainers"),
     ),
-    NeededModule(
-        module="transformers",
-        distribution="transformers",
-        symbols=("AutoConfig", "AutoModelForCausalLM", "PreTrainedModel", "PretrainedConfig"),
-    ),
-    NeededModule(
-        module="transformers.generation.utils",
-        distribution="transformers",
-        symbols=("GenerationMixin",),
-    ),
-    NeededModule(
-        module="transformers.modeling_outputs",
-        distribution="transformers",
-        symbols=("MoeCausalLMOutputWithPast",),
-    ),
+)
+HUGGING_FACE = tuple(
+    NeededModule(module=module, distribution="transformers", symbols=symbols, part="hugging-face")
+    for module, symbols in (
+        (
+            "transformers",
+            ("AutoConfig", "AutoModelForCausalLM", "PreTrainedModel", "PretrainedConfig"),
+        ),
+        ("transformers.generation.utils", ("GenerationMixin",)),
+        ("transformers.modeling_outputs", ("MoeCausalLMOutputWithPast",)),
+    )
 )
 KERNELS = (
     NeededModule(
@@ -144,4 +140,4 @@ BUILD = (
         part="build",
     ),
 )
-NEEDED = (*PROGRAM, *KERNELS, *FINE_TUNING, *BUILD)
+NEEDED = (*PROGRAM, *HUGGING_FACE, *KERNELS, *FINE_TUNING, *BUILD)

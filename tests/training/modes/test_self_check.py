@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import shutil
@@ -90,17 +91,19 @@ def test_every_module_of_ours_is_tried_and_a_broken_one_is_named(tmp_path, monke
     assert "whole" not in check.found
 
 
-def test_a_module_about_kernels_may_lack_triton_only_where_there_is_none(tmp_path, monkeypatch):
+def test_a_module_may_lack_what_was_left_out_but_not_what_is_half_there(tmp_path, monkeypatch):
     package = tmp_path / "packed_kernels"
     package.mkdir()
     (package / "__init__.py").touch()
-    text = "raise ModuleNotFoundError('no triton', name='triton.language')"
-    (package / "kernels.py").write_text(text)
+    (package / "kernels.py").write_text("import left_out_package.language")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(self_check, "OWN_PACKAGES", ("packed_kernels",))
-    monkeypatch.setattr(self_check, "triton_version", lambda: None)
-    assert self_check.check_own_modules().status == "ok"
-    monkeypatch.setattr(self_check, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(self_check, "LEFT_OUT", ("left_out_package",))
+    check = self_check.check_own_modules()
+    assert check.status == "ok"
+    assert check.found == "0 import; not packed_kernels.kernels for want of left_out_package"
+    (tmp_path / "left_out_package").mkdir()
+    importlib.invalidate_caches()
     assert self_check.check_own_modules().status == "fail"
 
 
