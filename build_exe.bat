@@ -13,7 +13,7 @@ if not exist build mkdir build
 
 rem A running program holds the files that are about to be replaced.
 set "REASON=eco_train.exe is running: close it and build again"
-tasklist /FI "IMAGENAME eq eco_train.exe" /NH 2>nul | find /I "eco_train.exe" >nul
+tasklist /FI "IMAGENAME eq eco_train.exe" /NH 2>nul | findstr /I "eco_train.exe" >nul
 if %errorlevel% equ 0 goto fail
 
 rem Visual Studio 2026, where it is installed: only for people who build kernels of their own.
@@ -74,7 +74,7 @@ set "REASON=uv could not be installed: is the network there?"
 "%PYTHON%" -m pip install uv==0.13.8
 if %errorlevel% neq 0 goto fail
 set "REASON=%LOCKFILE% is missing or pins no torch: fetch the project again"
-findstr /B "torch" "%LOCKFILE%" > build\torch_pins.txt
+findstr /R "^torch.*==" "%LOCKFILE%" > build\torch_pins.txt
 if %errorlevel% neq 0 goto fail
 set "REASON=PyTorch for CUDA 12.8 could not be installed: see the lines above"
 "%PYTHON%" -m uv pip install --python "%PYTHON%" --torch-backend cu128 --only-binary :all: --constraint "%LOCKFILE%" --requirement build\torch_pins.txt

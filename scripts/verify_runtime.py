@@ -64,7 +64,9 @@ class Finding:
 
 def main(arguments: list[str]) -> int:
     """Check, report, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Verify that this Python can run and pack SIGMA.", allow_abbrev=False
+    )
     parser.add_argument("--lockfile", default=str(ROOT / LOCKFILE), help="pins to hold against")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     given = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ STEPS = (
     "sys.version_info",
     "-m pip install --upgrade pip",
     f"-m pip install {UV}",
-    'findstr /B "torch"',
+    'findstr /R "^torch',
     "-m uv pip install",
     "--only-binary :all: --requirement",
     "verify_runtime.py",

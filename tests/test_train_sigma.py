@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -187,6 +188,35 @@ def test_a_person_chooses_or_quits(tmp_path, monkeypatch, capsys):
     assert train_sigma.main([]) == 0
     monkeypatch.setattr(train_sigma, "read_line", lambda seconds: None)
     assert train_sigma.main([]) == 99
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(("typed", "says"), [("q", ""), ("x\nbroken", "unknown flag --stpes")])
+def test_the_menu_on_a_real_terminal(tmp_path, typed, says):
+    import pty
+
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/quickstart.txt").write_text("# A first run.\n")
+    (tmp_path / "profiles/broken.txt").write_text("--stpes 5\n")
+    keyboard, terminal = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "train_sigma.py"],
+        cwd=tmp_path,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )
+    os.close(terminal)
+    os.write(keyboard, f"{typed}\n".encode())
+    _, error = child.communicate(timeout=60)
+    shown = os.read(keyboard, 65536).decode()
+    os.close(keyboard)
+    assert "1  quickstart  A first run." in shown and "q  quit" in shown
+    assert child.returncode == (2 if says else 0)
+    assert says in error
 
 
 def test_a_frozen_program_looks_beside_its_exe(tmp_path, monkeypatch):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 class NeededModule:
     """A module, the distribution it comes from, and dotted names that must be found in it.
 
-    part: "program" (it trains with it), "hugging-face" (the model's face to transformers, not in the
-    EXE), "kernels" (only where there is Triton), "fine-tuning", "build". needs_gpu: the module refuses to be imported on a machine without CUDA, so that there
-    it can only be seen to be there.
+    part: "program" (it trains with it), "hugging-face" (the model's face to transformers, not in
+    the EXE), "kernels" (only where there is Triton), "fine-tuning", "build". needs_gpu: the module
+    refuses to be imported on a machine without CUDA, so that there it can only be seen to be there.
     """
 
     module: str

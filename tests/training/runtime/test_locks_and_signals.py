@@ -89,6 +89,17 @@ def test_request_files_are_served_once(tmp_path):
         assert not later.requested
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="plays Ctrl+Break by another signal")
+def test_ctrl_break_asks_like_ctrl_c(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest(tmp_path) as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_a_closing_window_asks_to_stop_and_is_answered_when_the_run_has_ended(tmp_path):
     console, answers = FakeConsole(), []
     stop = StopRequest(tmp_path)
