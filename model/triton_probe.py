@@ -7,11 +7,11 @@ else depends on meets them all, and needs no GPU. Import this module only where 
 
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
-from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 BLOCK = 256
 WARP_THREADS = 32

@@ -76,7 +76,11 @@ def main(arguments: list[str]) -> int:
         print(f"verify_runtime: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     findings = [*check_pins(pins), *check_coverage(pins, NEEDED)]
-    findings += [check_import(needed) for needed in NEEDED if needed.distribution in pins]
+    findings += [
+        check_import(needed)
+        for needed in NEEDED
+        if needed.distribution in pins or needed.elsewhere in pins
+    ]
     report(findings, lockfile=given.lockfile, as_json=given.json)
     return 1 if any(finding.status == "fail" for finding in findings) else 0
 

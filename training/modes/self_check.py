@@ -32,6 +32,7 @@ OWN_PACKAGES = ("evolution", "model", "research", "training")
 # What a program may do without: training on a CPU needs neither.
 LEFT_OUT = ("transformers", "triton")
 REPACK = "pack the program again: this one is not whole"
+PROBED = 80  # compute capability for which the kernels are compiled
 SPAWN_LIMIT_S = 300.0
 END_LIMIT_S = 10.0
 WIDE_TEXT = "Größe λ → █"
@@ -136,7 +137,10 @@ def check_triton() -> list[Check]:
         ("kernels", compile_kernels),
         ("C stub", compile_stub),
     )
-    if checks[0].status == "ok":
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        found = "TRITON_INTERPRET is set and replaces the compiler: nothing was compiled"
+        checks.append(Check(name="kernels", status="warn", found=found, advice="unset it"))
+    elif checks[0].status == "ok":
         checks += [_attempt(name, step) for name, step in steps]
     if checks[-1].name == "C stub" and checks[-1].status == "fail" and not _launches_kernels():
         checks[-1].status = "warn"
@@ -162,16 +166,19 @@ def list_backends() -> str:
 
 
 def compile_kernels() -> str:
-    """Compile each kernel ahead of time for sm_80, not from the cache; names and sizes."""
-    import triton.knobs  # pyright: ignore[reportMissingImports]
+    """Compile each kernel ahead of time for sm_80, not from the cache; their bytes by name."""
+    import triton.knobs
 
+    from model.kernel_builds import builds
     from model.triton_probe import compile_probe
 
-    kernels = {"triton_probe": compile_probe}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True
-        sizes = {name: len(compile_one(capability=80)) for name, compile_one in kernels.items()}
-    return ", ".join(f"{name} {size} bytes for sm_80" for name, size in sizes.items())
+        sizes = {"scaled_add_kernel": len(compile_probe(capability=PROBED))}
+        for build in builds(PROBED):
+            sizes[build.kernel.__name__] = len(build.compile(PROBED).asm["cubin"])
+    shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return f"{len(sizes)} compiled for sm_{PROBED}, bytes: {shown}"
 
 
 def compile_stub() -> str:
@@ -179,9 +186,7 @@ def compile_stub() -> str:
 
     The text is new each time, for Triton would serve an old one from its cache.
     """
-    from triton.runtime.build import (  # pyright: ignore[reportMissingImports]
-        compile_module_from_src,
-    )
+    from triton.runtime.build import compile_module_from_src
 
     source = STUB_SOURCE.format(token=secrets.token_hex(8), name=STUB_NAME)
     answer = compile_module_from_src(source, STUB_NAME).answer()
@@ -266,7 +271,7 @@ def _launches_kernels() -> bool:
 
 
 def _attempt(name: str, step: Callable[[], str]) -> Check:
-    import triton.errors  # pyright: ignore[reportMissingImports]
+    import triton.errors
 
     try:
         return Check(name=name, status="ok", found=step())

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 class NeededModule:
     """A module, the distribution it comes from, and dotted names that must be found in it.
 
+    elsewhere: the distribution's name on other systems than Windows, where it differs.
+
     part: "program" (it trains with it), "hugging-face" (the model's face to transformers, not in
     the EXE), "kernels" (only where there is Triton), "fine-tuning", "build". needs_gpu: the module
     refuses to be imported on a machine without CUDA, so that there it can only be seen to be there.
@@ -22,6 +24,7 @@ class NeededModule:
     module: str
     distribution: str
     symbols: tuple[str, ...]
+    elsewhere: str = ""
     part: str = "program"
     needs_gpu: bool = False
 
@@ -84,25 +87,19 @@ HUGGING_FACE = tuple(
         ("transformers.modeling_outputs", ("MoeCausalLMOutputWithPast",)),
     )
 )
-KERNELS = (
+KERNELS = tuple(
     NeededModule(
-        module="triton",
+        module=module,
         distribution="triton-windows",
-        symbols=("cdiv", "compile", "jit", "language.load", "runtime.build"),
+        elsewhere="triton",
+        symbols=symbols,
         part="kernels",
-    ),
-    NeededModule(
-        module="triton.backends.compiler",
-        distribution="triton-windows",
-        symbols=("GPUTarget",),
-        part="kernels",
-    ),
-    NeededModule(
-        module="triton.compiler",
-        distribution="triton-windows",
-        symbols=("ASTSource",),
-        part="kernels",
-    ),
+    )
+    for module, symbols in (
+        ("triton", ("cdiv", "compile", "jit", "language.load", "runtime.build")),
+        ("triton.backends.compiler", ("GPUTarget",)),
+        ("triton.compiler", ("ASTSource",)),
+    )
 )
 FINE_TUNING = tuple(
     NeededModule(

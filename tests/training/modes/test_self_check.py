@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -18,29 +21,44 @@ from training.modes.doctor import Check
 from training.runtime.needed_modules import NeededModule
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+PROJECT = Path(__file__).parents[3]
+COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+REPORT = """
+from training.modes import self_check
+print(json.dumps([dataclasses.asdict(check) for check in self_check.check_triton()]))
+"""
+NO_GPU = "import training.modes.self_check as s\ns._launches_kernels = lambda: False"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
 
-def by_name(checks: list[Check]) -> dict[str, Check]:
-    return {check.name: check for check in checks}
-
-
-@pytest.fixture
-def config(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "caches" / "triton"))
-    dirs = ["--output-dir", f"{tmp_path}/run", "--checkpoint-dir", f"{tmp_path}/ckpt"]
-    return parse_args(["--mode", "doctor", "--self-check", *dirs])
-
-
-def test_a_whole_program_passes_and_a_gpu_is_no_part_of_it(config, capsys):
-    config.run.json = True
-    assert doctor.run(config) == 0, capsys.readouterr().out
-    record = json.loads(capsys.readouterr().out)
+def test_a_whole_program_passes_and_a_gpu_is_no_part_of_it(tmp_path):
+    command = [sys.executable, str(PROJECT / "train_sigma.py"), "--mode", "doctor", "--self-check"]
+    result = subprocess.run(
+        [*command, "--json"], cwd=tmp_path, env=COMPILING, capture_output=True, encoding="utf-8"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    record = json.loads(result.stdout)
     checks = {check["name"]: check for check in record["checks"]}
     assert record["passed"] is True and len(checks) == len(record["checks"])
     assert "driver" not in checks and "device" not in checks
     assert "tokenizer_4k.json" in checks["assets"]["found"]
-    assert ("kernels" in checks) is HAS_TRITON
+    assert {path.name for path in tmp_path.iterdir()} <= {".runtime_cache"}
+    if HAS_TRITON:
+        compiled = checks["kernels"]["found"]
+        assert checks["kernels"]["status"] == "ok"
+        assert [name for name in kernel_names() if name not in compiled] == []
+
+
+def kernel_names() -> list[str]:
+    """Every kernel that a launch of ours can name, from the sources."""
+    return [
+        node.name
+        for path in sorted((PROJECT / "model").glob("*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        and node.name.endswith("_kernel")
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
 
 
 def test_the_flag_is_off_and_the_plain_doctor_examines_the_machine(monkeypatch, capsys):
@@ -115,40 +133,52 @@ def test_the_windows_exe_must_hold_triton(monkeypatch):
     assert [check.status for check in self_check.check_triton()] == ["fail"]
 
 
-@needs_triton
-def test_kernels_and_the_stub_are_compiled_anew_each_time(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert "triton_probe" in self_check.compile_kernels()
-    [cubin] = tmp_path.rglob("*.cubin")
-    cubin.write_bytes(b"stale")
-    assert "5 bytes" not in self_check.compile_kernels()
-    assert cubin.read_bytes().startswith(b"\x7fELF")
+def triton_checks(tmp_path: Path, preparation: str, **environment: str) -> dict[str, dict]:
+    """What the checks about Triton find in a fresh program after some `preparation`."""
+    script = f"import dataclasses, json, sys\n{preparation}\n{REPORT}"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=PROJECT,
+        env={**COMPILING, "TRITON_CACHE_DIR": str(tmp_path), **environment},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stderr
+    return {check["name"]: check for check in json.loads(result.stdout.splitlines()[-1])}
 
 
 @needs_triton
-def test_lost_back_ends_and_tools_are_failures(tmp_path, monkeypatch):
-    import triton.backends
-    import triton.knobs
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("CC", str(tmp_path / "no_compiler"))
-    monkeypatch.setattr(sys, "platform", "win32")  # there the stub is needed
-    monkeypatch.setattr(triton.backends, "backends", {})
-    monkeypatch.setattr("triton.compiler.compiler.backends", {})
-    checks = by_name(self_check.check_triton())
-    assert "NVIDIA's is not among the 0" in checks["Triton back ends"].found
-    assert "0 compatible backends" in checks["kernels"].found
-    assert checks["C stub"].status == "fail"
-    assert {check.status for name, check in checks.items() if name != "Triton"} == {"fail"}
+def test_kernels_are_compiled_anew_and_need_no_c_compiler(tmp_path):
+    """A missing C compiler is a warning where no kernel will be launched."""
+    for _ in range(2):
+        checks = triton_checks(tmp_path, NO_GPU, CC=str(tmp_path / "no_compiler"))
+        assert checks["C stub"]["status"] == "warn" and checks["kernels"]["status"] == "ok"
+        cubins = list(tmp_path.rglob("*.cubin"))
+        assert len(cubins) == len(kernel_names())
+        assert all(cubin.read_bytes().startswith(b"\x7fELF") for cubin in cubins)
+        for cubin in cubins:
+            cubin.write_bytes(b"stale")
 
 
 @needs_triton
-def test_a_missing_compiler_is_a_warning_where_nothing_is_launched(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("CC", str(tmp_path / "no_compiler"))
-    monkeypatch.setattr(self_check, "_launches_kernels", lambda: False)
-    checks = by_name(self_check.check_triton())
-    assert checks["C stub"].status == "warn" and checks["kernels"].status == "ok"
+def test_lost_back_ends_and_tools_are_failures(tmp_path):
+    preparation = """
+import triton.backends, triton.compiler.compiler
+import training.modes.self_check as s
+triton.backends.backends = triton.compiler.compiler.backends = {}
+s._launches_kernels = lambda: True
+"""
+    checks = triton_checks(tmp_path, preparation, CC=str(tmp_path / "no_compiler"))
+    assert "NVIDIA's is not among the 0" in checks["Triton back ends"]["found"]
+    assert "0 compatible backends" in checks["kernels"]["found"]
+    for name in ("Triton back ends", "kernels", "C stub"):
+        assert checks[name]["status"] == "fail" and checks[name]["advice"]
+
+
+@needs_triton
+def test_the_interpreter_compiles_nothing_and_that_is_told(tmp_path):
+    checks = triton_checks(tmp_path, NO_GPU, TRITON_INTERPRET="1")
+    assert checks["kernels"]["status"] == "warn" and "C stub" not in checks
 
 
 def test_a_damaged_or_missing_asset_is_named(tmp_path, monkeypatch):
