@@ -1,6 +1,6 @@
 @echo off
 rem Builds eco_train.exe: one folder that needs neither Python nor a compiler to run.
-rem Needs Windows, 64-bit Python 3.13 with its launcher py.exe, the network, about 25 GB of disk.
+rem Needs Windows, 64-bit Python 3.13 with its launcher py.exe, and the network.
 rem A step that fails ends the build with its reason and exit code 1.
 rem
 rem SIGMA_BUILD_PYTHON    a python.exe that holds all packages already: nothing is installed

@@ -13,10 +13,11 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ if __name__ == "__main__":
     # Python puts the folder of this file first; the packages of the project are one above.
     sys.path[0] = str(ROOT)
 
+from training.runtime.frozen import use_utf8_output  # noqa: E402
 from training.runtime.needed_modules import NEEDED, NeededModule  # noqa: E402
 
 LOCKFILE = "requirements-py313-cu128.txt"
@@ -75,14 +77,22 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"verify_runtime: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    findings = [*check_pins(pins), *check_coverage(pins, NEEDED)]
-    findings += [
-        check_import(needed)
-        for needed in NEEDED
-        if needed.distribution in pins or needed.elsewhere in pins
-    ]
-    report(findings, lockfile=given.lockfile, as_json=given.json)
+    findings = []
+    for finding in examine(pins):
+        findings.append(finding)
+        if not given.json:
+            print(line_of(finding), flush=True)  # an import may take a minute on a cold disk
+    conclude(findings, lockfile=given.lockfile, as_json=given.json)
     return 1 if any(finding.status == "fail" for finding in findings) else 0
+
+
+def examine(pins: dict[str, SpecifierSet]) -> Iterator[Finding]:
+    """All checks, the quick ones first."""
+    yield from check_pins(pins)
+    yield from check_coverage(pins, NEEDED)
+    for needed in NEEDED:
+        if needed.distribution in pins or needed.elsewhere in pins:
+            yield check_import(needed)
 
 
 def read_pins(lockfile: Path) -> dict[str, SpecifierSet]:
@@ -145,6 +155,7 @@ def check_import(needed: NeededModule) -> Finding:
         child = subprocess.run(
             command,
             cwd=ROOT,
+            env={**os.environ, "PYTHONUTF8": "1"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -166,8 +177,12 @@ def check_import(needed: NeededModule) -> Finding:
     return Finding(kind="import", name=needed.module, status="ok", found=found)
 
 
-def report(findings: list[Finding], *, lockfile: str, as_json: bool) -> None:
-    """Print the findings: failures last, where a reader of a build log looks first."""
+def line_of(finding: Finding) -> str:
+    return f"{finding.status:4} {finding.kind} {finding.name}: {finding.found}"
+
+
+def conclude(findings: list[Finding], *, lockfile: str, as_json: bool) -> None:
+    """Say the result; the failures once more at the end, where a reader of a build log looks."""
     failed = [finding for finding in findings if finding.status == "fail"]
     if as_json:
         record = {
@@ -178,15 +193,13 @@ def report(findings: list[Finding], *, lockfile: str, as_json: bool) -> None:
             "findings": [asdict(finding) for finding in findings],
         }
         print(json.dumps(record))
-        return
-    for finding in (*(item for item in findings if item.status != "fail"), *failed):
-        print(f"{finding.status:4} {finding.kind} {finding.name}: {finding.found}")
-    print(
-        f"verify_runtime: {len(failed)} of {len(findings)} checks failed"
-        if failed
-        else f"verify_runtime: all {len(findings)} checks passed ({Path(lockfile).name})"
-    )
+    elif failed:
+        print(f"verify_runtime: {len(failed)} of {len(findings)} checks failed:")
+        print("\n".join(map(line_of, failed)))
+    else:
+        print(f"verify_runtime: all {len(findings)} checks passed ({Path(lockfile).name})")
 
 
 if __name__ == "__main__":
+    use_utf8_output()
     sys.exit(main(sys.argv[1:]))
