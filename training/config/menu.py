@@ -7,6 +7,7 @@ double-click must lead somewhere.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from training.config.fields import ConfigError
 DEFAULT_PROFILE = "quickstart"
 COUNTDOWN_S = 10.0
 QUIT = ("q", "quit", "exit")
-DESCRIPTION_CHARS = 100
+DESCRIPTION_CHARS = 55  # with its name on one line of a narrow console
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -45,7 +46,7 @@ def describe(path: Path) -> str:
     except ConfigError as error:
         return str(error)
     comments = (line.lstrip("# ").rstrip() for line in lines if line.startswith("#"))
-    return next(filter(None, comments), "")[:DESCRIPTION_CHARS]
+    return textwrap.shorten(next(filter(None, comments), ""), DESCRIPTION_CHARS, placeholder=" ...")
 
 
 def choose_profile(
