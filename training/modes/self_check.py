@@ -178,7 +178,7 @@ def compile_kernels() -> str:
         for build in builds(PROBED):
             sizes[build.kernel.__name__] = len(build.compile(PROBED).asm["cubin"])
     shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    return f"{len(sizes)} compiled for sm_{PROBED}, bytes: {shown}"
+    return f"{len(sizes)} compiled, {sum(sizes.values())} bytes for sm_{PROBED}: {shown}"
 
 
 def compile_stub() -> str:
