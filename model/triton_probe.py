@@ -50,8 +50,8 @@ def scaled_add(x: Tensor, y: Tensor, *, scale: float, out: Tensor) -> Tensor:
     if not all(vector.is_contiguous() for vector in (x, y, out)):
         raise ValueError("scaled_add takes contiguous vectors")
     grid = (triton.cdiv(x.numel(), BLOCK),)
-    launch = scaled_add_kernel[grid]  # pyright: ignore[reportIndexIssue]
-    launch(x, y, out, scale, x.numel(), BLOCK=BLOCK)
+    launch = scaled_add_kernel[grid]
+    launch(x, y, out, scale, x.numel(), BLOCK=BLOCK)  # pyright: ignore[reportArgumentType]
     return out
 
 
