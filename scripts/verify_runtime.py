@@ -1,10 +1,10 @@
 """Whether an environment can run SIGMA and be packed: versions, imports and symbols.
 
 `python scripts/verify_runtime.py` answers for the Python that runs it. Every pin of the lockfile
-must be installed in exactly that version, and every module of `training/runtime/needed_modules.py` whose
-distribution is pinned must import and hold its symbols. Each module is imported in a process of
-its own, because a broken DLL ends the process that loads it and would take the report along. Exit
-codes: 0 all is there, 1 something is not, 2 usage.
+must be installed in exactly that version, and every module that
+`training/runtime/needed_modules.py` names must import and hold its symbols if its distribution is
+pinned. Each is imported in a process of its own, because a broken DLL ends the process that loads
+it and would take the report along. Exit codes: 0 all is there, 1 something is not, 2 usage.
 """
 
 from __future__ import annotations
