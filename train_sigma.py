@@ -7,8 +7,6 @@ interrupted before the run began.
 
 from __future__ import annotations
 
-import io
-import multiprocessing
 import sys
 import traceback
 from contextlib import AbstractContextManager
@@ -16,7 +14,10 @@ from pathlib import Path
 from types import TracebackType
 
 from training.config.cli import parse_args
+from training.config.menu import choose_profile, list_profiles
 from training.config.sigma_config import ConfigError, SigmaConfig
+from training.runtime.console import HeldWindow, is_interactive, read_line
+from training.runtime.frozen import prepare_frozen
 
 UNMARKED = object()
 OWN_PACKAGES = ("evolution", "model", "research", "training")
@@ -25,8 +26,8 @@ OWN_PACKAGES = ("evolution", "model", "research", "training")
 def main(arguments: list[str]) -> int:
     """Run the program; every expected mistake becomes one line on stderr and exit code 2."""
     try:
-        config = parse_args(arguments or default_arguments(program_directory()))
-        return dispatch(config)
+        given = arguments or default_arguments(program_directory())
+        return dispatch(parse_args(given)) if given else 0
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OWN_PACKAGES:
             raise
@@ -40,9 +41,10 @@ def main(arguments: list[str]) -> int:
 
 def dispatch(config: SigmaConfig) -> int:
     """Do what `--mode` says; returns the exit code."""
+    from training.runtime.directories import cache_directory
     from training.runtime.environment import prepare_caches
 
-    prepare_caches()
+    prepare_caches(cache_directory(config))
     match config.run.mode:
         case "train":
             return train(config)
@@ -73,11 +75,12 @@ def train(config: SigmaConfig) -> int:
     """Train; what the machine cannot do is refused before anything is written."""
     from training.build import build_trainer
     from training.runtime.directories import check_directories
+    from training.runtime.keep_awake import KeepAwake
 
     check_directories(config)
 
     trainer = build_trainer(config)
-    with ReportedFailure() as failure:
+    with ReportedFailure() as failure, KeepAwake():
         trainer.fit()
     return failure.exit_code
 
@@ -110,14 +113,24 @@ class ReportedFailure(AbstractContextManager["ReportedFailure"]):
 
 
 def default_arguments(directory: Path) -> list[str]:
-    """What a start without any argument (a double-click) runs: the first profile beside it."""
-    for name in ("train_sigma_args.txt", "profiles/quickstart.txt"):
-        if (directory / name).is_file():
-            return [f"@{directory / name}"]
-    raise ConfigError(
-        "no arguments, and no train_sigma_args.txt beside the program: give @profile.txt or "
-        "flags; --help lists them"
-    )
+    """What a start without any argument (a double-click) runs; [] when the person chose to quit.
+
+    The args file beside the program if there is one, else what is chosen from a menu of profiles;
+    without a terminal to ask on, its default.
+    """
+    args_file = directory / "train_sigma_args.txt"
+    if args_file.is_file():
+        return [f"@{args_file}"]
+    profiles = list_profiles(directory / "profiles")
+    if not profiles:
+        raise ConfigError(
+            "no arguments, and neither train_sigma_args.txt nor profiles beside the program: give "
+            "@profile.txt or flags; --help lists them"
+        )
+    chosen = profiles[0]
+    if is_interactive():
+        chosen = choose_profile(profiles, read_line=read_line, show=print)
+    return [f"@{chosen.path}"] if chosen else []
 
 
 def program_directory() -> Path:
@@ -135,14 +148,8 @@ def one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def use_utf8_output() -> None:
-    """UTF-8 whatever the console's code page; a pipe shows every line when it is written."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
-
-
 if __name__ == "__main__":
-    multiprocessing.freeze_support()
-    use_utf8_output()
-    sys.exit(main(sys.argv[1:]))
+    prepare_frozen()
+    with HeldWindow() as window:
+        window.exit_code = main(sys.argv[1:])
+    sys.exit(window.exit_code)

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOT_OURS = ("assets/", "shared/")  # texts that other people wrote
 UNTRACKED = {".git", ".venv", ".runtime_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
-UNTRACKED |= {"__pycache__", "runs", "checkpoints", "dist", "build"}
+UNTRACKED |= {"__pycache__", "runs", "checkpoints", "dist", "build", "_internal", "libtorch"}
 
 HOSTS = tuple(
     first + second

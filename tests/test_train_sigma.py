@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -159,15 +160,63 @@ def test_an_interrupt_before_the_run_is_130(monkeypatch, tmp_path):
     assert train_with(monkeypatch, tmp_path, build_error=KeyboardInterrupt()) == 130
 
 
-def test_a_start_without_arguments_takes_the_first_profile_beside_it(tmp_path):
+def test_a_start_without_arguments_takes_the_args_file_else_a_profile(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sigma, "is_interactive", lambda: False)
     with pytest.raises(ConfigError, match="no arguments"):
         train_sigma.default_arguments(tmp_path)
     (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles" / "quickstart.txt").touch()
+    for name in ("a_profile", "quickstart", "z_profile"):
+        (tmp_path / "profiles" / f"{name}.txt").touch()
     quickstart = tmp_path / "profiles/quickstart.txt"
     assert train_sigma.default_arguments(tmp_path) == [f"@{quickstart}"]
     (tmp_path / "train_sigma_args.txt").touch()
     assert train_sigma.default_arguments(tmp_path) == [f"@{tmp_path / 'train_sigma_args.txt'}"]
+
+
+def test_a_person_chooses_or_quits(tmp_path, monkeypatch, capsys):
+    (tmp_path / "profiles").mkdir()
+    for name in ("other", "quickstart"):
+        (tmp_path / "profiles" / f"{name}.txt").write_text(f"# the {name}\n--mode plan\n")
+    monkeypatch.setattr(train_sigma, "is_interactive", lambda: True)
+    monkeypatch.setattr(train_sigma, "read_line", lambda seconds: "2")
+    other = tmp_path / "profiles/other.txt"
+    assert train_sigma.default_arguments(tmp_path) == [f"@{other}"]
+    assert "the other" in capsys.readouterr().out
+    monkeypatch.setattr(train_sigma, "read_line", lambda seconds: "q")
+    monkeypatch.setattr(train_sigma, "program_directory", lambda: tmp_path)
+    monkeypatch.setattr(train_sigma, "dispatch", lambda config: 99)
+    assert train_sigma.main([]) == 0
+    monkeypatch.setattr(train_sigma, "read_line", lambda seconds: None)
+    assert train_sigma.main([]) == 99
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(("typed", "says"), [("q", ""), ("x\nbroken", "unknown flag --stpes")])
+def test_the_menu_on_a_real_terminal(tmp_path, typed, says):
+    import pty
+
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/quickstart.txt").write_text("# A first run.\n")
+    (tmp_path / "profiles/broken.txt").write_text("--stpes 5\n")
+    keyboard, terminal = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "train_sigma.py"],
+        cwd=tmp_path,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )
+    os.close(terminal)
+    os.write(keyboard, f"{typed}\n".encode())
+    _, error = child.communicate(timeout=60)
+    shown = os.read(keyboard, 65536).decode()
+    os.close(keyboard)
+    assert "1  quickstart  A first run." in shown and "q  quit" in shown
+    assert child.returncode == (2 if says else 0)
+    assert says in error
 
 
 def test_a_frozen_program_looks_beside_its_exe(tmp_path, monkeypatch):
@@ -180,9 +229,7 @@ def test_workers_are_caught_first_and_every_import_is_static():
     tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
     guard = tree.body[-1]
     assert isinstance(guard, ast.If)
-    first, second = (ast.unparse(statement) for statement in guard.body[:2])
-    assert first == "multiprocessing.freeze_support()"
-    assert second == "use_utf8_output()"
+    assert ast.unparse(guard.body[0]) == "prepare_frozen()"
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert not names & {"importlib", "__import__", "exec", "eval"}
 

@@ -44,7 +44,8 @@ USAGE = "%(prog)s [@ARGS_FILE ...] [--flag value ...]"
 EPILOG = """\
 An args file holds one flag per line with its value; '#' starts a comment; '@other.txt' includes a
 file, '@run/config.json' a JSON preset. Later settings win. Without any argument the program takes
-train_sigma_args.txt beside it. Exit codes: 0 done or stopped on request, 1 failure, 2 usage."""
+train_sigma_args.txt beside it, else it asks which profile to run. Exit codes: 0 done or stopped on
+request, 1 failure, 2 usage."""
 
 
 def parse_args(argv: Sequence[str]) -> SigmaConfig:

@@ -29,6 +29,9 @@ class RunConfig:
     max_checkpoints: int = flag(5, "Number of newest valid checkpoints kept.", minimum=2)
     no_resume: bool = flag(False, "Start fresh instead of resuming the newest valid checkpoint.")
     json: bool = flag(False, "Print the result of plan, doctor, eval or generate as JSON.")
+    self_check: bool = flag(
+        False, "With --mode doctor: examine the program itself, as after packing it."
+    )
     proof_mode: bool = flag(False, "Fail at the end if an enabled feature never had an effect.")
     crash_report_enabled: bool = flag(True, "Write errors/crash_step_*.json on a failure.")
     metrics_ema_beta: float = flag(

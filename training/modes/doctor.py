@@ -20,13 +20,13 @@ from typing import Any
 from training.config.sigma_config import SigmaConfig
 from training.runtime.directories import (
     CHECKPOINTS_AT_ONCE,
+    cache_directory,
     checkpoint_bytes,
     free_bytes,
     training_bytes,
     write_problem,
 )
 from training.runtime.environment import (
-    CACHE_DIRECTORY,
     CUDA_LOCKFILE,
     GIB,
     EnvironmentProblem,
@@ -57,7 +57,12 @@ class Check:
 
 def run(config: SigmaConfig) -> int:
     """Print all checks; 0 unless one failed that the configuration needs, then 1."""
-    checks = examine(config)
+    if config.run.self_check:
+        from training.modes import self_check
+
+        checks = self_check.examine(config)
+    else:
+        checks = examine(config)
     passed = all(check.status != "fail" for check in checks)
     if config.run.json:
         print(json.dumps({"passed": passed, "checks": [asdict(check) for check in checks]}))
@@ -88,7 +93,7 @@ def examine(config: SigmaConfig) -> list[Check]:
         *checks,
         check_writable("output directory", "--output-dir", Path(run_config.output_dir)),
         check_writable("checkpoint directory", "--checkpoint-dir", Path(run_config.checkpoint_dir)),
-        check_writable("cache directory", "the working directory", CACHE_DIRECTORY),
+        check_writable("cache directory", "working directory", cache_directory(config)),
         check_disk(config),
         check_assets(config),
     ]

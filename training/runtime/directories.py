@@ -7,12 +7,14 @@ probed with a temporary file that has vanished again when the answer is there.
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from model.config import SigmaModelConfig
 from training.config.sigma_config import SigmaConfig
-from training.runtime.environment import EnvironmentProblem
+from training.runtime.environment import CACHE_DIRECTORY, EnvironmentProblem
+from training.runtime.frozen import bundle_directory
 
 MIB = 2**20
 LOG_BYTES = 16 * MIB
@@ -40,6 +42,23 @@ def check_directories(config: SigmaConfig) -> None:
                 f"{flag} {directory} has {free // MIB} MiB free of about {needed // MIB} needed",
                 f"free space or choose another {flag}",
             )
+
+
+def cache_directory(config: SigmaConfig) -> Path:
+    """Where kernel and compiler caches go: `.runtime_cache` in the working directory.
+
+    A packed program may be started from anywhere, by a shortcut even from Windows' own folder, and
+    must not write among its own modules: it takes the first that can be written of the working
+    directory, the folder of its EXE and that of the outputs.
+    """
+    bundle = bundle_directory()
+    if bundle is None:
+        return CACHE_DIRECTORY
+    outputs = Path(config.run.output_dir).absolute()
+    for folder in (Path.cwd(), Path(sys.executable).parent, outputs):
+        if not folder.resolve().is_relative_to(bundle.resolve()) and not write_problem(folder):
+            return folder / CACHE_DIRECTORY
+    return CACHE_DIRECTORY
 
 
 def write_problem(directory: Path) -> str:

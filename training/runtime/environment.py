@@ -143,7 +143,7 @@ def resolve_device(config: SigmaConfig) -> torch.device:
         asked = "--require-cuda" if required else f"--device {wanted}"
         raise EnvironmentProblem(
             f"{asked}: this profile needs CUDA, but {explain_missing_cuda(facts)}",
-            f"on this machine as it is, run train_sigma.py @{QUICKSTART}",
+            f"on this machine as it is, run {program_name()} @{QUICKSTART}",
         )
     index = int(wanted.partition(":")[2] or 0)
     if index >= facts.num_devices:
@@ -193,6 +193,11 @@ def autocast_dtype(config: SigmaConfig, device: torch.device) -> torch.dtype | N
             f"--precision bf16: {name} has no bf16", "use --precision auto (fp16 there)"
         )
     return torch.float16
+
+
+def program_name() -> str:
+    """What the user starts: the EXE when packed, else the entry script."""
+    return Path(sys.executable).name if getattr(sys, "frozen", False) else "train_sigma.py"
 
 
 def seed_everything(seed: int) -> None:

@@ -1,8 +1,9 @@
 """Requests to stop or to save that take effect at the end of a step.
 
-The first Ctrl+C or SIGTERM only sets a flag, so weights, metrics and checkpoint stay in step with
-each other; the second ends the process at once, which the checkpoint protocol survives. Files
-named STOP and SAVE ask for the same where no signal can be sent.
+The first Ctrl+C, Ctrl+Break or SIGTERM only sets a flag, so weights, metrics and checkpoint stay in
+step with each other; the second ends the process at once, which the checkpoint protocol survives.
+Files named STOP and SAVE ask for the same where no signal can be sent. A closed console window on
+Windows asks to stop as well (`console.py`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from training.runtime.console import ConsoleClose
+
 EXIT_CODE = 130
 STOP_NAME = "STOP"
 SAVE_NAME = "SAVE"
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")
 
 _FIRST = b"\nstopping after this step and saving; once more to exit at once\n"
+_CLOSING = b"\nthe window is closing: saving after this step\n"
 _SECOND = b"\nexiting at once; the last saved checkpoint is intact\n"
 
 
@@ -36,6 +40,7 @@ class StopRequest:
         self._requested = False
         self._signalled = False
         self._previous: dict[int, Callable[..., Any] | int | None] = {}
+        self._close = ConsoleClose(self._receive_close)
 
     @property
     def requested(self) -> bool:
@@ -54,6 +59,9 @@ class StopRequest:
                 number = getattr(signal, name, None)
                 if number is not None:
                     self._previous[number] = signal.signal(number, self._receive)
+            # After the signals: Windows asks the newest handler first, and the C library's own
+            # would take a closing window for Ctrl+Break and not wait.
+            self._close.__enter__()
         return self
 
     def __exit__(
@@ -66,6 +74,7 @@ class StopRequest:
             # None: a handler that was not set from Python cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
+        self._close.__exit__(kind, error, trace)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signalled:
@@ -73,6 +82,10 @@ class StopRequest:
             os._exit(EXIT_CODE)
         self._signalled = self._requested = True
         _say(_FIRST)
+
+    def _receive_close(self) -> None:
+        self._requested = True
+        _say(_CLOSING)
 
 
 class _RequestFile:

@@ -105,6 +105,33 @@ def test_values_keep_what_a_shell_parser_would_eat(tmp_path):
     assert parse_args(["--prompt", "a=b c"]).generate.prompt == "a=b c"
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte-order-mark"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_a_profile_edited_on_windows_is_read_unchanged(tmp_path, newline, mark, exactly):
+    """The EXE's profile and the flags of a proof run, as Notepad would save them."""
+    shipped = PROJECT / "train_sigma_args.txt"
+    proof = [
+        r"--output-dir runs\sigma_debug",
+        r"--checkpoint-dir C:\My Runs\new\table\0\ckpt # \n, \t and \0 are no escapes",
+        r'--tokenizer-name "D:\tokens\my tokenizer.json"',
+        "--proof-mode",
+    ]
+    lines = [*shipped.read_text(encoding="utf-8").splitlines(), *proof, ""]
+    path = tmp_path / "args.txt"
+    path.write_bytes((mark + newline.join(lines)).encode())
+    config = parse_args([f"@{path}", "--steps", "30"])
+    assert config.run.output_dir == "runs\\sigma_debug"
+    assert config.run.checkpoint_dir == r"C:\My Runs\new\table\0\ckpt"
+    assert config.data.tokenizer_name == r"D:\tokens\my tokenizer.json"
+    expected = parse_args([f"@{shipped}", "--proof-mode", "--steps", "30"])
+    expected.run.output_dir = config.run.output_dir
+    expected.run.checkpoint_dir = config.run.checkpoint_dir
+    expected.data.tokenizer_name = config.data.tokenizer_name
+    assert exactly(config) == exactly(expected)
+    path.write_text(to_args(config), encoding="utf-8")
+    assert exactly(parse_args([f"@{path}"])) == exactly(config)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -41,7 +41,7 @@ ADDED = {
     "--eval-tokens", "--sample-interval", "--sample-prompt", "--sample-tokens", "--ema-enabled",
     "--ema-decay", "--ema-start-fraction", "--curriculum-enabled", "--curriculum-phases",
     "--kernel-backend", "--eval-file", "--prompt", "--max-new-tokens", "--temperature", "--top-k",
-    "--weights", "--hidden",
+    "--weights", "--hidden", "--self-check",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from training.config.cli import parse_args
 from training.optimizer import build_optimizer
 from training.runtime import directories
 from training.runtime.directories import (
+    cache_directory,
     check_directories,
     checkpoint_bytes,
     nearest_existing,
@@ -81,3 +83,29 @@ def test_the_estimate_is_close_to_the_built_model(flags):
     copies = 2 if config.ema.enabled else 1
     assert checkpoint_bytes(config) == pytest.approx(copies * weights + moments, rel=0.1)
     assert training_bytes(config) - checkpoint_bytes(config) == pytest.approx(weights, rel=0.1)
+
+
+def test_caches_go_into_the_working_directory_unless_packed():
+    assert cache_directory(parse_args(SMALL)) == Path(".runtime_cache")
+
+
+def test_a_packed_program_never_caches_among_its_own_modules(tmp_path, monkeypatch):
+    bundle = tmp_path / "sigma" / "_internal"
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (bundle / "torch", elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "_MEIPASS", str(bundle), raising=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "sigma" / "eco_train.exe"))
+    config = parse_args([*SMALL, "--output-dir", str(tmp_path / "data" / "run")])
+    for start, expected in (
+        (elsewhere, elsewhere),
+        (bundle, tmp_path / "sigma"),
+        (bundle / "torch", tmp_path / "sigma"),
+    ):
+        monkeypatch.chdir(start)
+        assert cache_directory(config) == expected / ".runtime_cache"
+    read_only = {elsewhere: "denied", tmp_path / "sigma": "denied"}
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(directories, "write_problem", lambda folder: read_only.get(folder, ""))
+    assert cache_directory(config) == tmp_path / "data" / "run" / ".runtime_cache"

@@ -139,12 +139,21 @@ def test_what_a_device_cannot_compute_is_refused(monkeypatch):
 
 
 def test_caches_go_where_they_are_told_unless_the_user_chose(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    for name in ("TRITON_CACHE_DIR", "FOR_DISABLE_CONSOLE_CTRL_HANDLER"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     prepare_caches(tmp_path / "cache")
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+    assert os.environ["FOR_DISABLE_CONSOLE_CTRL_HANDLER"] == "1"  # else Ctrl+C would not save
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_advice_names_what_the_user_starts(monkeypatch):
+    assert environment.program_name() == "train_sigma.py"
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "executable", "/sigma/eco_train.exe")
+    assert environment.program_name() == "eco_train.exe"
 
 
 def test_seeding_repeats_every_generator():

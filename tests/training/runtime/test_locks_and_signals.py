@@ -3,9 +3,12 @@
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from tests.training.runtime.fake_console import FakeConsole
+from training.runtime.console import ConsoleClose
 from training.runtime.locks import RunLock
 from training.runtime.signals import StopRequest
 
@@ -84,6 +87,34 @@ def test_request_files_are_served_once(tmp_path):
         assert stop.requested
     with StopRequest(tmp_path) as later:
         assert not later.requested
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="plays Ctrl+Break by another signal")
+def test_ctrl_break_asks_like_ctrl_c(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest(tmp_path) as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_closing_window_asks_to_stop_and_is_answered_when_the_run_has_ended(tmp_path):
+    console, answers = FakeConsole(), []
+    stop = StopRequest(tmp_path)
+    stop._close = ConsoleClose(stop._receive_close, kernel32=console)
+    with stop:
+        [handler] = console.handlers
+        assert handler(0) == 0 and handler(1) == 0  # Ctrl+C and Ctrl+Break are signals
+        assert not stop.requested
+        windows = threading.Thread(target=lambda: answers.append(handler(2)))
+        windows.start()
+        while not stop.requested:
+            windows.join(0.01)
+        assert windows.is_alive() and not answers  # Windows would end the process now
+    windows.join(10)
+    assert answers == [1] and console.handlers == []
 
 
 def test_handlers_are_put_back(tmp_path):

@@ -1,0 +1,99 @@
+"""Every kernel of the program as a launch would specialise it, to compile it before there is a GPU.
+
+One list for two readers: `scripts/compile_kernels.py` shows what each architecture makes of a
+kernel, and the self-check of a packed program (`--mode doctor --self-check`) sees that none of what
+compiling needs was left behind. A new kernel gets its line here. Import only where triton is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from model import triton_kernels as kernels
+from model.ternary_linear import gradient_tiles, product_tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """One specialisation of a kernel as a launch would make it."""
+
+    kernel: Any
+    pointers: dict[str, str]
+    numbers: tuple[str, ...]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+    def compile(self, architecture: int) -> Any:
+        """Triton's result for compute capability `architecture`, arguments aligned as usual."""
+        names = self.kernel.arg_names
+        signature = {name: f"*{kind}" for name, kind in self.pointers.items()}
+        signature |= dict.fromkeys(self.numbers, "i32") | dict.fromkeys(self.constants, "constexpr")
+        aligned = [["tt.divisibility", 16]]
+        source = ASTSource(
+            fn=self.kernel,
+            signature={name: signature[name] for name in names},
+            constexprs={(names.index(name),): value for name, value in self.constants.items()},
+            attrs={(names.index(name),): aligned for name in (*self.pointers, *self.numbers)},
+        )
+        target = GPUTarget("cuda", architecture, 32)
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return triton.compile(source, target=target, options=options)
+
+
+def builds(architecture: int) -> list[Build]:
+    """All kernels with the launch settings that their launchers choose on this architecture."""
+    product, gradient = product_tiles(16384, architecture), gradient_tiles(architecture)
+    return [
+        Build(
+            kernel=kernels.quantize_rows_kernel,
+            pointers={
+                **{"x_ptr": "bf16", "column_scale_ptr": "fp32"},
+                **{"codes_ptr": "i8", "scale_ptr": "fp32"},
+            },
+            numbers=("num_columns", "x_stride"),
+            constants={"HAS_COLUMN_SCALE": True, "BLOCK": 1024},
+        ),
+        Build(
+            kernel=kernels.ternarize_kernel,
+            pointers={
+                **{"weight_ptr": "fp32", "codes_ptr": "i8"},
+                **{"codes_t_ptr": "i8", "scale_ptr": "fp32"},
+            },
+            numbers=("num_rows", "num_columns", "weight_stride"),
+            constants={"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256},
+        ),
+        Build(
+            kernel=kernels.int8_product_kernel,
+            pointers={
+                **{"a_ptr": "i8", "b_ptr": "i8", "out_ptr": "bf16"},
+                **{"a_scale_ptr": "fp32", "b_scale_ptr": "fp32"},
+            },
+            numbers=("num_rows", "num_outputs", "depth", "out_stride"),
+            constants={
+                **{"HAS_B_SCALE": True, "GROUP_M": 8},
+                **{"BLOCK_M": product.m, "BLOCK_N": product.n, "BLOCK_K": product.k},
+            },
+            warps=product.warps,
+            stages=product.stages,
+        ),
+        Build(
+            kernel=kernels.weight_gradient_kernel,
+            pointers={
+                **{"grad_ptr": "bf16", "codes_ptr": "i8"},
+                **{"scale_ptr": "fp32", "partial_ptr": "fp32"},
+            },
+            numbers=("num_rows", "num_outputs", "num_inputs", "grad_stride", "rows_per_split"),
+            constants={
+                "DOT_IN_BF16": True,
+                **{"BLOCK_M": gradient.m, "BLOCK_N": gradient.n, "BLOCK_K": gradient.k},
+            },
+            warps=gradient.warps,
+            stages=gradient.stages,
+        ),
+    ]
