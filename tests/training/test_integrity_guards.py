@@ -17,8 +17,8 @@ from training.integrity_guards import (
     fingerprint_files,
 )
 from training.runtime.environment import PROJECT_ROOT, config_hash
+from training.runtime.needed_modules import PROGRAM
 from training.runtime.startup_audit import check_symbols, loaded_modules
-from training.runtime.symbols import PROGRAM
 
 FILES = {
     "train_sigma.py": "x = 1\n",

@@ -45,9 +45,11 @@ PROGRAM = (
         distribution="torch",
         symbols=(
             "Tensor",
+            "_foreach_lerp_",
             "amp.GradScaler",
             "compile",
             "library.custom_op",
+            "linalg.vecdot",
             "nn.Module",
             "nn.functional.scaled_dot_product_attention",
             "optim.AdamW",
@@ -61,7 +63,7 @@ PROGRAM = (
     NeededModule(
         module="psutil",
         distribution="psutil",
-        symbols=("Process", "cpu_percent", "virtual_memory"),
+        symbols=("Process.memory_info", "cpu_percent", "virtual_memory"),
     ),
     NeededModule(
         module="pynvml",
@@ -73,7 +75,14 @@ PROGRAM = (
     NeededModule(
         module="tokenizers",
         distribution="tokenizers",
-        symbols=("Regex", "Tokenizer", "decoders", "models", "pre_tokenizers", "trainers"),
+        symbols=(
+            "Regex",
+            "Tokenizer.encode_batch_fast",
+            "decoders",
+            "models",
+            "pre_tokenizers",
+            "trainers",
+        ),
     ),
 )
 HUGGING_FACE = tuple(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from training.runtime.symbols import PROGRAM
+from training.runtime.needed_modules import PROGRAM
 
 INSTALL = "install the versions of the lockfile: python scripts/launch.py train does it"
 
