@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import statistics
@@ -57,10 +58,14 @@ class TrialFault(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Trial:
-    """One trial and what came of it; `facts` are its figures, `said` the end of its output."""
+    """One trial and what came of it; `facts` are its figures, `said` the end of its output.
+
+    load: processes that wanted a core when it ended, without which its seconds say little.
+    """
 
     name: str
     seconds: float = 0.0
+    load: float = 0.0
     exit_code: int | None = None
     fault: str = ""
     facts: dict[str, object] = field(default_factory=dict)
@@ -204,7 +209,8 @@ def resumes(laboratory: Laboratory, trial: Trial) -> None:
     steps = [int(row["step"]) for row in rows(directory) if "train_loss" in row]
     check(steps[-1] == RESUMED_STEPS, f"the last row is of step {steps[-1]}")
     check(steps == sorted(set(steps)), f"steps were repeated: {steps}")
-    trial.facts = {"steps": steps, "says_resumed": "resum" in output.lower()}
+    check(f"resumed from step {STEPS} " in output, "it did not resume")
+    trial.facts = {"steps": steps}
 
 
 def saves_when_interrupted(laboratory: Laboratory, trial: Trial) -> None:
@@ -218,7 +224,8 @@ def saves_when_interrupted(laboratory: Laboratory, trial: Trial) -> None:
     stopped = last_step(directory)
     check(0 < stopped < 400, f"stopped at step {stopped}")
     check(any((directory / "checkpoints").iterdir()), "no checkpoint")
-    laboratory.program(trial, *flags, "--steps", str(stopped + 2))
+    output = laboratory.program(trial, *flags, "--steps", str(stopped + 2))
+    check(f"resumed from step {stopped} " in output, "it did not resume")
     check(last_step(directory) == stopped + 2, f"resumed to step {last_step(directory)}")
     trial.facts = {"stopped_at": stopped, "resumed_to": stopped + 2}
 
@@ -295,13 +302,14 @@ def attempt(action: Callable[[Laboratory, Trial], None], laboratory: Laboratory)
     except (TrialFault, OSError, ValueError, LookupError, subprocess.TimeoutExpired) as error:
         trial.fault = f"{type(error).__name__}: {error}"
     trial.seconds = round(time.monotonic() - began, 1)
+    trial.load = round(os.getloadavg()[0], 1)
     state = trial.fault or "ok"
     print(f"{trial.name:24} {trial.seconds:7.1f} s  {state}", flush=True)
     return trial
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Run eco_train.exe under Wine")
     parser.add_argument("--lab", type=Path, required=True, help="folder made by windows_lab.sh")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--only", action="append", help="run only this trial (repeatable)")
@@ -314,6 +322,7 @@ def main(arguments: list[str]) -> int:
     record = {
         "what": "eco_train.exe built and run under Wine 10, CPU build of the same torch",
         "date": datetime.now(tz=UTC).date().isoformat(),
+        "cores": os.cpu_count(),
         "passed": not any(trial.fault for trial in results),
         "trials": [asdict(trial) for trial in results],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from scripts.windows_lab.trials import Laboratory, Trial, TrialFault, attempt, check
 from scripts.windows_lab.ucrt_exports import definition
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the laboratory needs a Linux to stand on")
 
 SCRIPT = Path(__file__).parents[2] / "scripts/windows_lab.sh"
 EXPORTS = """\
