@@ -202,7 +202,9 @@ class ParquetReader:
         self._field = field
         self._group = position.get("group", 0)
         self._row = position.get("row", 0)  # in the group
+        self._decoded = position.get("decoded", 0)  # bytes of the group's values before that row
         self._rows_before = 0
+        self._packed = 0
         self._batches: Any = None
         self._values: Any = None
         self._index = 0
@@ -223,7 +225,7 @@ class ParquetReader:
 
     @property
     def position(self) -> dict[str, int]:
-        return {"group": self._group, "row": self._row}
+        return {"group": self._group, "row": self._row, "decoded": self._decoded}
 
     @property
     def has_text(self) -> bool:
@@ -256,7 +258,11 @@ class ParquetReader:
         value = value.dictionary[value.index.as_py()] if hasattr(value, "dictionary") else value
         if not value.is_valid:
             return Record(key=key, reason="empty")
-        if value.as_buffer().size > self._limit:
+        size = value.as_buffer().size
+        self._decoded += size
+        if self._decoded - MAX_RATIO * self._packed > EXCESS_BYTES:
+            raise DamagedFile("bomb")
+        if size > self._limit:
             return Record(key=key, reason="too_long")
         try:
             text = value.as_py()
@@ -269,7 +275,7 @@ class ParquetReader:
         if self._batches is None:
             if self._group >= self._table.num_row_groups:
                 return False
-            self._refuse_bomb(self._table.metadata.row_group(self._group))
+            self._packed = self._packed_bytes(self._table.metadata.row_group(self._group))
             self._batches = self._table.iter_batches(
                 _ROWS_PER_BATCH, row_groups=[self._group], columns=[self._field], use_threads=False
             )
@@ -283,19 +289,22 @@ class ParquetReader:
         if batch is None:
             self._rows_before += self._table.metadata.row_group(self._group).num_rows
             self._group, self._row, self._batches, self._values = self._group + 1, 0, None, None
-            self._index = 0
+            self._index = self._decoded = 0
             return self._group < self._table.num_row_groups
         self._values = batch.column(0)
         self._index = self._row - passed
         return True
 
-    def _refuse_bomb(self, group: Any) -> None:
+    def _packed_bytes(self, group: Any) -> int:
+        """Bytes of the text column in a row group. DamagedFile when they claim to be a bomb."""
         for index in range(group.num_columns):
             column = group.column(index)
             if column.path_in_schema == self._field:
                 packed, plain = column.total_compressed_size, column.total_uncompressed_size
                 if plain - MAX_RATIO * packed > EXCESS_BYTES:
                     raise DamagedFile("bomb")
+                return packed
+        raise DamagedFile("bad_parquet")
 
     def _guard(self, call: Any, *args: Any, **options: Any) -> Any:
         """A call of pyarrow whose complaints about the file become DamagedFile.
