@@ -142,4 +142,4 @@ def test_text_that_packs_well_is_no_bomb(tmp_path):
     packed = gzip_bomb(("\n".join(rows) + "\n").encode(), members=3, megabytes=4)
     (tmp_path / "log.txt.gz").write_bytes(packed)
     source = LocalSource([tmp_path])
-    assert sum(len(d.text) for d in drain(source)) > 9 << 20 and not source.rejected
+    assert sum(len(d.text) for d in drain(source)) > 9_000_000 and not source.rejected
