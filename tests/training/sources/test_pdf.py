@@ -186,8 +186,9 @@ def test_mistakes_are_one_clear_line_each(tmp_path):
 
 def test_cleaning_mends_what_the_page_alone_shows():
     page = (
-        "12 ON THE NATURE OF THINGS\r\nA \ufb01rst line that goes over the full width of the page and "
-        "combina\ufffetions\r\nof words go on here in lower case until the sentence ends.\r\nHeading\r\n"
+        "12 ON THE NATURE OF THINGS\r\nA \ufb01rst line that goes over the full width of the page "
+        "and combina\ufffetions\r\nof words go on here in lower case until the sentence ends.\r\n"
+        "Heading\r\n"
         "Contents . . . . . . . . . 7\r\n13"
     )
     text, reason = clean_page(page)
