@@ -27,13 +27,15 @@ Reader = Callable[["Recipe", Path], Iterator[RawDocument]]
 @dataclass(slots=True, kw_only=True, frozen=True)
 class Recipe:
     """A package: `source` pip or debian, `version` only for pip, the files below `root` that match
-    `pattern`, and `read`. `is_api` marks repetitive machine-made text, whose share is capped."""
+    `pattern` and do not begin with `excluded`, and `read`. `is_api` marks repetitive machine-made
+    text, whose share is capped."""
 
     package: str
     source: str
     read: Reader
     root: str = "."
     pattern: str = "**/*"
+    excluded: str = ""
     version: str = ""
     is_api: bool = False
 
@@ -44,7 +46,9 @@ def _files(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Path]]:
         raise RuntimeError(f"{recipe.package}: {recipe.root} is not in the unpacked package")
     paths = [path for path in root.glob(recipe.pattern) if path.is_file() and not path.is_symlink()]
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
-        yield f"{recipe.package}/{path.relative_to(root).as_posix()}", path
+        relative = path.relative_to(root).as_posix()
+        if not (recipe.excluded and relative.startswith(recipe.excluded)):
+            yield f"{recipe.package}/{relative}", path
 
 
 def _pages(blocks_of: Callable[[str], list[str]]) -> Reader:
@@ -118,6 +122,7 @@ RECIPES = (
     Recipe(
         package="linux-doc-6.1", source="debian", read=_pages(rst_blocks),
         root="usr/share/doc/linux-doc-6.1/Documentation", pattern="**/*.rst.gz",
+        excluded="translations/",
     ),
     Recipe(
         package="dict-gcide", source="debian", read=_read_dictionary,

@@ -34,9 +34,14 @@ _ROFF_ESCAPES = (
     (re.compile(r"\\e|\\\\"), "\\\\"),
 )
 _ROFF_FONTS = {"B", "I", "R", "SM", "SB", "BR", "RB", "BI", "IB", "IR", "RI"}
-_RST_DIRECTIVE = re.compile(r"^\.\. (?:[\w:-]+::|_|\[|\|)")
+_RST_DIRECTIVE = re.compile(r"^\.\. (?:[\w:-]+::|_|\[|\||SPDX)")
+_RST_SIGNATURE = re.compile(
+    r"^(\s*)\.\. (?:py:|c:)?(?:function|class|method|classmethod|staticmethod|data|attribute"
+    r"|exception|decorator|macro|type|option|opcode)::\s+(\S.*)"
+)
 _RST_ROLE = re.compile(r":[\w:+-]+:`([^`<]*?)\s*(?:<[^`]*>)?`")
 _RST_RULE = re.compile(r"([=\-~^\"'#*+.:`_<>])\1{2,}")
+_LABEL_CHARS = 40
 _TAG = re.compile(r"<[^>]+>")
 
 
@@ -71,8 +76,8 @@ def _unwrap(part: str) -> str:
 def rst_blocks(text: str) -> list[str]:
     """Prose and code of a reStructuredText source; directives that carry no text are dropped."""
     blocks: list[str] = []
-    for part in _paragraphs(text.expandtabs(8)):
-        lines = part.strip("\n").split("\n")
+    for part in _paragraphs(_RST_ROLE.sub(r"\1", text.expandtabs(8))):
+        lines = [_RST_SIGNATURE.sub(r"\1    \2", line) for line in part.strip("\n").split("\n")]
         rules = [bool(_RST_RULE.fullmatch(line.strip())) for line in lines]
         if len(lines) in (2, 3) and rules[-1] and not rules[-2]:
             blocks.append("# " + lines[-2].strip())
@@ -85,8 +90,8 @@ def rst_blocks(text: str) -> list[str]:
             for line in lines
             if not (_RST_DIRECTIVE.match(line.lstrip()) or re.match(r"\s*:[\w-]+:( |$)", line))
         ]
-        body = _RST_ROLE.sub(r"\1", "\n".join(lines)).replace("``", "")
-        if body.strip():
+        body = "\n".join(lines).replace("``", "")
+        if body.strip() and not all(rules):
             blocks.append(_unwrap(re.sub(r"::$", ":", body)))
     return blocks
 
@@ -188,13 +193,16 @@ def dictionary_documents(text: str) -> Iterator[tuple[str, list[str]]]:
         first = part.lstrip("\n").split("\n")[0]
         if first[:1].isalpha():
             key = re.sub(r"[^a-z]", "", first.lower())[:3] or "front"
-        body = re.sub(r"\s*\[(?:1913 Webster|PJC|WordNet 1\.5)(?: \+PJC)?\]", "", part)
+        body = re.sub(
+            r"\s*\[(?:1913 Webster|Webster 1913 Suppl\.|PJC|WordNet 1\.5)(?: \+PJC)?\]", "", part
+        )
         groups.setdefault(key, []).append(re.sub(r"[{}]", "", body.strip("\n")).rstrip())
     yield from groups.items()
 
 
 def api_blocks(description: dict[str, Any]) -> list[str]:
-    """Every text under `documentation` or `description` of an API's description, in its order."""
+    """The texts under `documentation` or `description` of an API's description, in its order;
+    mere labels ("Regional Endpoint") are left out."""
     blocks: list[str] = []
     pending: list[Any] = [description]
     while pending:
@@ -207,7 +215,7 @@ def api_blocks(description: dict[str, Any]) -> list[str]:
             pending += [node[key] for key in sorted(node, reverse=True)]
         elif isinstance(node, list):
             pending += reversed(node)
-    return [block for block in blocks if block]
+    return [block for block in blocks if len(block) >= _LABEL_CHARS]
 
 
 def load_json(path: Path) -> dict[str, Any]:
