@@ -5,12 +5,14 @@ document stays on its side when others are added, removed, reordered or cleaned 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Split = Literal["train", "validation"]
+JSON = Any  # what json.dumps takes: plain dicts, lists, strings, numbers, booleans, None
 
 ASSETS_DIRECTORY = Path(__file__).resolve().parent.parent.parent / "assets"
 VALIDATION_PERCENT = 4
@@ -24,6 +26,9 @@ SOURCE_IDS = {
     "postgresql-docs": 6,
     "sqlite-docs": 7,
     "king-james-bible": 8,
+    "local": 9,
+    "pdf": 10,
+    "hf": 11,
 }
 _SPLIT_SALT = b"sigma-validation-1\0"
 
@@ -44,6 +49,65 @@ class DocumentCorpus(Protocol):
     def fingerprint(self) -> str: ...
 
     def documents(self) -> Iterator[Document]: ...
+
+
+class SourceError(RuntimeError):
+    """A source cannot give its next document now.
+
+    `reason` is a short word that is counted (`timeout`, `http_503`, `bad_gzip`). `transient`:
+    trying again later may help. A permanent one carries the line that the user reads.
+    """
+
+    def __init__(self, message: str, *, reason: str, transient: bool) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.transient = transient
+
+
+class SourceExhausted(Exception):
+    """The source has no further document in this epoch; `rewind` begins the next one."""
+
+
+class DocumentSource(Protocol):
+    """A deterministic sequence of documents with a position.
+
+    Given identity and state, the same documents follow, whatever the timing and however often a
+    read had to be repeated. A source knows nothing of tokenizers, threads or mixtures, and yields
+    documents of both sides of the split.
+
+    name: a key of SOURCE_IDS.
+    rejected: documents or records left out so far, by reason.
+    """
+
+    name: str
+    rejected: Counter[str]
+
+    def identity(self) -> dict[str, JSON]:
+        """What a saved position belongs to: file list, dataset and revision, crawls."""
+        ...
+
+    def next_document(self) -> Document:
+        """The next document; blocks at most its own read time-out.
+
+        Raises SourceError or SourceExhausted, never anything else for bad material.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, JSON]:
+        """The position after the last returned document, as a small plain value."""
+        ...
+
+    def load_state_dict(self, state: dict[str, JSON]) -> None:
+        """Go to a saved position without replaying the documents before it."""
+        ...
+
+    def rewind(self, *, epoch: int) -> None:
+        """Begin epoch `epoch` (0-based) at its first document."""
+        ...
+
+    def close(self) -> None:
+        """Release files and connections; called once."""
+        ...
 
 
 def hash_of(document_id: str) -> int:
