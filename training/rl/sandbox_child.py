@@ -97,9 +97,7 @@ class _Kernel:
         self.libc = ctypes.CDLL(None, use_errno=True)
 
     def call(self, name, number, *arguments):
-        words = [
-            self.ctypes.c_long(item) if isinstance(item, int) else item for item in arguments
-        ]
+        words = [self.ctypes.c_long(item) if isinstance(item, int) else item for item in arguments]
         result = self.libc.syscall(self.ctypes.c_long(number), *words)
         if result < 0:
             number = self.ctypes.get_errno()
@@ -209,7 +207,7 @@ def send(reply, message):
 def call_once(function, arguments):
     """The message about one call; the program may raise anything, SystemExit included."""
     try:
-        return {"value": encode(function(*decode(arguments)))}
+        return {"value": encode(function(*map(decode, arguments)))}
     except BaseException as error:
         return {"error": type(error).__name__[:80]}
 

@@ -23,6 +23,8 @@ from training.rl.sandbox_job import ENDED, PROGRAM_LIMIT_CHARS, Job, Reply
 
 PASSED, WRONG, RAISED, MALFORMED = "passed", "wrong", "raised", "malformed"
 DRAWS = 16
+LENGTH_FACTOR = 4  # the encodings of two floats that are nearly equal differ by a factor of 3
+SHORT_LINE_BYTES = 256
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -52,9 +54,7 @@ class Verdict:
     elapsed_s: float
 
 
-def values_equal(
-    expected: Any, actual: Any, *, rel_tol: float = 0.0, abs_tol: float = 0.0
-) -> bool:
+def values_equal(expected: Any, actual: Any, *, rel_tol: float = 0.0, abs_tol: float = 0.0) -> bool:
     """Same type at every depth, then same value; both arguments are plain values.
 
     NaN equals NaN and nothing else; an infinity equals itself and nothing else, whatever the
@@ -122,7 +122,9 @@ def draw_exam(task: CodeTask, program: str, *, rng: random.Random) -> Exam:
         if task.num_cases == 1 or not all(values_equal(expected[0], one) for one in expected):
             job = Job(program=program, function=task.function, cases=cases)
             return Exam(job=job, expected=expected)
-    raise ValueError(f"task {task.function}: its reference returns a constant, which proves nothing")
+    raise ValueError(
+        f"task {task.function}: its reference returns a constant, which proves nothing"
+    )
 
 
 def _require_plain(task: CodeTask, expected: tuple[Any, ...]) -> None:
@@ -161,6 +163,10 @@ def decide(task: CodeTask, exam: Exam, reply: Reply) -> Verdict:
 def _judge_line(task: CodeTask, expected: Any, line: bytes) -> str:
     """What one line is worth. Its decoder, not the program, makes every object that is compared."""
     try:
+        # What is right is not much longer than the reference's; longer is not even parsed, or a
+        # reply made of colliding hashes could keep the parent busy for minutes.
+        if len(line) > LENGTH_FACTOR * len(json.dumps(encode(expected))) + SHORT_LINE_BYTES:
+            return WRONG
         message = json.loads(line)
         if type(message) is not dict or len(message) != 1:
             return MALFORMED
@@ -179,9 +185,8 @@ def _refused(task: CodeTask, program: str) -> Verdict | None:
     """The verdict on a program that needs no run, None if it needs one."""
     if program.strip() and len(program) <= PROGRAM_LIMIT_CHARS:
         return None
-    reason = MALFORMED
     return Verdict(
-        passed=False, reason=reason, num_right=0, num_cases=task.num_cases, elapsed_s=0.0
+        passed=False, reason=MALFORMED, num_right=0, num_cases=task.num_cases, elapsed_s=0.0
     )
 
 
