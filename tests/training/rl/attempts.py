@@ -39,7 +39,7 @@ return open("/proc/self/environ").read()
 libc.getenv.restype = ctypes.c_char_p
 return str(libc.getenv(b"SIGMA_CANARY"))
 ---
-return open("/proc/%d/environ" % s["parent"]).read()
+return open("/proc/%d/environ" % s["victim"]).read()
 ---
 found = []
 for name in os.listdir("/proc"):
@@ -242,7 +242,7 @@ return str(os.listdir("/proc/%d/cwd" % s["victim"]))
 ---
 return open("/proc/%d/fd/%d" % (s["victim"], s["victim_fd"])).read()
 ---
-open("/proc/%d/comm" % s["victim"], "w").write("changed")
+open("/proc/%d/coredump_filter" % s["victim"], "w").write("0x10")
 ---
 open("/proc/%d/oom_score_adj" % s["victim"], "w").write("500")
 ---
@@ -346,9 +346,11 @@ signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
 beat(s)
 """
 
+MODULES = (
+    "asyncio concurrent.futures ctypes fcntl http.client mmap multiprocessing os select signal "
+    "socket stat struct subprocess sys tempfile threading time urllib.request"
+).split()
 COMMON = """
-import asyncio, concurrent.futures, ctypes, fcntl, http.client, mmap, multiprocessing, os, select
-import signal, socket, struct, subprocess, sys, tempfile, threading, time, urllib.request
 libc = ctypes.CDLL(None)
 MB = 2 ** 20
 
@@ -367,7 +369,8 @@ def each(use):
     found = []
     for number in range(3, 64):
         try:
-            found.append(use(number))
+            if stat.S_ISREG(os.fstat(number).st_mode):
+                found.append(use(number))
         except (OSError, ValueError):
             pass
     return "".join(found)
@@ -398,12 +401,15 @@ def attempt(s):
 def attempt(s):
     reading, writing = os.pipe()
     if os.fork() == 0:
+        os.close(reading)
         try:
-            os.write(writing, repr(act(s)).encode())
+            with open(writing, "w") as answer:
+                answer.write(repr(act(s)))
         finally:
             os._exit(0)
     os.close(writing)
-    return os.read(reading, 2 ** 16).decode()
+    with open(reading) as answer:
+        return answer.read()
 """,
     "interpreter": """
 def attempt(s):
@@ -433,8 +439,9 @@ def attempts_of(kind: str) -> list[str]:
     vehicles = [name for name in VEHICLES if kind != "time" or name != "thread"]
     programs = []
     for body in CLASSES[kind].strip("\n").split("\n---\n"):
-        source = COMMON + textwrap.indent(body, "    ")
-        source = f"{source}\n    return None\n"
+        source = COMMON + textwrap.indent(body, "    ") + "\n    return None\n"
+        used = [name for name in MODULES if name + "." in source]
+        source = f"import {', '.join([*used, 'subprocess', 'sys', 'threading'])}\n{source}"
         for vehicle in vehicles:
             programs.append(f"SOURCE = {source!r}\nexec(SOURCE)\n{VEHICLES[vehicle]}")
     return programs[:NUM_PER_CLASS]

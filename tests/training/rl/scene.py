@@ -27,18 +27,18 @@ mapped = mmap.mmap(named.fileno(), 0, prot=mmap.PROT_READ)
 count = [0]
 for number in (signal.SIGUSR1, signal.SIGIO):
     signal.signal(number, lambda *_: count.__setitem__(0, count[0] + 1))
-everywhere, name = os.sched_getaffinity(0), open("/proc/self/comm").read()
+everywhere, dump = os.sched_getaffinity(0), open("/proc/self/coredump_filter").read()
 adjust = open("/proc/self/oom_score_adj").read()
 print(json.dumps({"address": ctypes.addressof(secret), "flag": ctypes.addressof(flag),
                   "victim_fd": opened.fileno()}), flush=True)
 for line in sys.stdin:
     found = {"signals": count[0], "memory": flag.value.decode(),
              "affinity": os.sched_getaffinity(0) != everywhere,
-             "comm": open("/proc/self/comm").read() != name,
+             "dump": open("/proc/self/coredump_filter").read() != dump,
              "oom": open("/proc/self/oom_score_adj").read() != adjust}
     count[0], flag.value = 0, b""
     os.sched_setaffinity(0, everywhere)
-    open("/proc/self/comm", "w").write(name)
+    open("/proc/self/coredump_filter", "w").write("0x" + dump)
     if found["oom"]:
         open("/proc/self/oom_score_adj", "w").write(adjust)
     print(json.dumps(found), flush=True)
@@ -77,6 +77,7 @@ class Scene:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, "SIGMA_CANARY": self.canary},
             start_new_session=True,
         )
         assert self.victim.stdout is not None
@@ -114,7 +115,10 @@ class Scene:
                 return
             self.received.append("connection")
             with caller:
-                caller.sendall(self.canary.encode())
+                try:
+                    caller.sendall(self.canary.encode())
+                except OSError:
+                    continue  # gone already
 
     def described(self, number: int) -> dict[str, object]:
         """What an attempt is told."""
@@ -125,7 +129,6 @@ class Scene:
             "drop": str(self.folder / "drop"),
             "beat": str(self.folder / f"beat{number}"),
             "name": f"attempt{number}",
-            "parent": os.getpid(),
             "victim": self.victim.pid,
         }
 
