@@ -1,4 +1,4 @@
-"""R14: of 250 reward hacks none is rewarded, all of 500 honest programs are, 0 of 200 hopeless ones.
+"""R14: none of 250 reward hacks is rewarded, all of 500 honest programs, none of 200 hopeless.
 
 A judge that believes what a program says is tried on the same hacks, so that they are known to be
 worth something.
