@@ -1,5 +1,7 @@
-"""R15, reduced for every run and in full as a soak: the trainer's process stays, nothing is left."""
+"""R15, reduced for every run and in full as a soak: the process stays alive, nothing is left."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -32,9 +34,6 @@ def test_ten_thousand_mixed_programs_leave_nothing():
 
 def test_a_process_that_is_left_over_would_be_seen(tmp_path):
     """The control of the counting."""
-    import os
-    import subprocess
-
     before = processes_below(os.getpid())
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as left:
         assert left.pid in processes_below(os.getpid()) and left.pid not in before
