@@ -81,9 +81,13 @@ def batches(runs: int, rng: random.Random) -> Iterator[tuple[list[str], list[str
 def processes_below(pid: int) -> list[int]:
     """All descendants of a process, zombies included."""
     found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for word in (task / "children").read_text().split():
-            found += [int(word), *processes_below(int(word))]
+    try:
+        for task in list(Path(f"/proc/{pid}/task").iterdir()):
+            for word in (task / "children").read_text().split():
+                found += [int(word), *processes_below(int(word))]
+    except (FileNotFoundError, ProcessLookupError):
+        # A thread or a process ended while it was looked at; what it left is under another one.
+        return processes_below(pid) if Path(f"/proc/{pid}").exists() else found
     return found
 
 
