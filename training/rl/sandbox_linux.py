@@ -205,6 +205,8 @@ class LinuxIsolation:
     """How children are started and locked on this machine: `kind` is bubblewrap or landlock."""
 
     def __init__(self, kind: str, limits: SandboxLimits) -> None:
+        if getattr(sys, "frozen", False):
+            raise SandboxUnavailable("a frozen program has no Python to run programs with")
         self.kind = kind
         self.required_locks = {"rlimits", "capabilities", "seccomp"}
         self._limits = limits

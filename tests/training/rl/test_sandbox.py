@@ -166,6 +166,12 @@ def test_a_child_that_never_locks_itself_is_a_failure_not_a_verdict(monkeypatch,
                 broken.run(job("def f(x): return x"), limit_s=LIMIT_S)
 
 
+def test_a_frozen_program_does_not_start_itself_again(monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(SandboxUnavailable, match="frozen"):
+        open_sandbox()
+
+
 def test_another_system_refuses(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(SandboxUnavailable, match="darwin has none"):
