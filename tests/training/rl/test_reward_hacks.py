@@ -64,25 +64,34 @@ def test_no_program_solves_what_cannot_be_solved(sandbox):
     assert len(verdicts) == 200 and not any(verdict.passed for verdict in verdicts)
 
 
-def believes(names, exam):
+class Agreeable(int):
+    """What several of the hacks return."""
+
+    def __eq__(self, other):
+        return True
+
+    __hash__ = int.__hash__
+
+
+def leave(*_):
+    raise SystemExit(0)
+
+
+def believes(function, exam):
     """A judge in the program's own process, as one must not be: `==`, and SystemExit(0) is fine."""
     try:
-        exec(exam.job.program, names)
         return all(
-            names["f"](*case) == expected
+            function(*case) == expected
             for case, expected in zip(exam.job.cases, exam.expected, strict=True)
         )
     except SystemExit as end:
         return end.code == 0
-    except (KeyError, TypeError):
-        return False
 
 
-@pytest.mark.parametrize("number", [2, 4, 5, 7, 8])
-def test_a_judge_that_trusts_the_program_is_fooled(number):
-    """The control; only hacks that harm nobody are run in here."""
-    task = tasks()["largest"]
-    assert believes({}, draw_exam(task, HACKS[number], rng=random.Random(4)))
+@pytest.mark.parametrize("function", [leave, lambda *_: Agreeable()])
+def test_a_judge_that_trusts_the_program_is_fooled(function):
+    """The control: what the hacks do works where it is believed."""
+    assert believes(function, draw_exam(tasks()["largest"], "x", rng=random.Random(4)))
 
 
 def test_nothing_that_is_sent_contains_an_expected_value():
