@@ -1,0 +1,202 @@
+"""The rules of a verdict: what counts as equal, and that no reply can do more than fail."""
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.rl.sandbox_child import decode, encode
+from training.rl.sandbox_job import ENDED, OVERSIZE, TIMEOUT, Reply
+from training.rl.verdict import CodeTask, decide, draw_exam, values_equal
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**80), 2**80),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=5),
+    st.complex_numbers(),
+)
+HASHABLE = st.recursive(SCALARS, lambda inner: st.tuples(inner, inner), max_leaves=4)
+PLAIN = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.tuples(inner, inner),
+        st.sets(HASHABLE, max_size=3),
+        st.frozensets(HASHABLE, max_size=3),
+        st.dictionaries(HASHABLE, inner, max_size=3),
+    ),
+    max_leaves=8,
+)
+TASK = CodeTask(
+    function="f", reference=lambda x: x + 1, draw=lambda rng: (rng.randrange(99),), num_cases=4
+)
+
+
+@given(PLAIN)
+@settings(max_examples=300, deadline=None)
+def test_a_value_survives_the_journey_with_its_exact_types(value):
+    returned = decode(json.loads(json.dumps(encode(value))))
+    assert values_equal(value, returned) and values_equal(returned, value)
+
+
+@given(PLAIN, PLAIN)
+@settings(max_examples=300, deadline=None)
+def test_values_that_are_equal_have_equal_text(left, right):
+    """`repr` is another definition of sameness, but for the order in sets and the sign of zero."""
+    if repr(left) == repr(right):
+        assert values_equal(left, right)
+    elif values_equal(left, right):
+        assert type(left) is type(right)
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual"),
+    [
+        (1, True),
+        (1, 1.0),
+        (0, None),
+        ([1], (1,)),
+        ([1], [True]),
+        ({1: 2}, {True: 2}),
+        ({1}, {True}),
+        ({1}, frozenset({1})),
+        ({(1, 2)}, {(1, 2.0)}),
+        ("1", 1),
+        (b"a", "a"),
+        ([], None),
+        ([1, 2], [1]),
+        ({1: 2}, {}),
+        (1.0, math.nan),
+        (math.inf, -math.inf),
+        (math.inf, 1e308),
+        (1.0, math.inf),
+    ],
+)
+def test_a_neighbour_is_not_the_value(expected, actual):
+    assert not values_equal(expected, actual, rel_tol=1.0, abs_tol=0.0)
+    assert not values_equal(actual, expected, rel_tol=1.0, abs_tol=0.0)
+
+
+def test_what_is_not_a_number_equals_itself_only():
+    assert values_equal([math.nan, math.inf, 0.0], [math.nan, math.inf, -0.0])
+    assert not values_equal(math.nan, 0.0, abs_tol=math.inf)
+    assert values_equal(1.0, 1.0 + 1e-12, rel_tol=1e-9)
+    assert not values_equal(1.0, 1.0 + 1e-12)
+    assert not values_equal({1.0}, {1.0 + 1e-12}, rel_tol=1e-9)
+
+
+class Always(int):
+    def __eq__(self, other):
+        return True
+
+    __hash__ = int.__hash__
+
+
+@pytest.mark.parametrize("value", [Always(1), [Always(1)], object(), {1: lambda: 0}, range(3)])
+def test_a_value_with_code_in_it_does_not_travel(value):
+    with pytest.raises(TypeError):
+        encode(value)
+
+
+def reply_of(lines, *, outcome=ENDED):
+    return Reply(outcome=outcome, elapsed_s=0.1, data=b"".join(line + b"\n" for line in lines))
+
+
+def right_lines(exam):
+    return [json.dumps({"value": encode(value)}).encode() for value in exam.expected]
+
+
+def test_only_the_right_values_in_time_and_nothing_else_pass():
+    exam = draw_exam(TASK, "x", rng=random.Random(0))
+    lines = right_lines(exam)
+    assert decide(TASK, exam, reply_of(lines)).passed
+    wrong = [
+        (reply_of(lines, outcome=TIMEOUT), "timeout"),
+        (reply_of(lines, outcome=OVERSIZE), "oversize"),
+        (reply_of(lines[:-1]), "malformed"),
+        (reply_of([*lines, lines[0]]), "malformed"),
+        (reply_of([*lines[1:], lines[0]]), "wrong"),
+        (reply_of([b'{"error": "ValueError"}', *lines[1:]]), "raised"),
+        (reply_of([]), "malformed"),
+        (Reply(outcome=ENDED, elapsed_s=0.1, data=reply_of(lines).data + b"x"), "malformed"),
+        (Reply(outcome=ENDED, elapsed_s=0.1, data=reply_of(lines).data[:-1]), "malformed"),
+        (reply_of([line.replace(b'"value"', b'"passed"') for line in lines]), "malformed"),
+    ]
+    for reply, reason in wrong:
+        verdict = decide(TASK, exam, reply)
+        assert (verdict.passed, verdict.reason) == (False, reason)
+
+
+HOSTILE = (
+    b"[" * 200_000,
+    b'{"value": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+    b'{"value": ' + b"9" * 100_000 + b"}",
+    b'{"value": {"i": "0x"}}',
+    b'{"value": {"f": "0x1p999999"}}',
+    b'{"value": {"s": [[]]}}',
+    b'{"value": {"d": [[[], 1]]}}',
+    b'{"value": {"i": "' + b" " * 9 + b'1"}}',
+    b'{"value": NaN}',
+    b"\xff\xfe\x00",
+    b"null",
+    b'{"value": {"i": ["0x1"]}}',
+    b'{"value": {"t": {"i": "0x1"}}}',
+)
+
+
+@pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_forged_reply_can_only_fail(line):
+    exam = draw_exam(TASK, "x", rng=random.Random(0))
+    assert not decide(TASK, exam, reply_of([line, *right_lines(exam)[1:]])).passed
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_no_bytes_raise_or_pass(data):
+    exam = draw_exam(TASK, "x", rng=random.Random(0))
+    assert not decide(TASK, exam, Reply(outcome=ENDED, elapsed_s=0.0, data=data)).passed
+
+
+def test_a_reply_of_colliding_hashes_is_not_even_parsed():
+    """2**61 - 1 is the modulus of Python's hash of integers: all of these fall together."""
+    body = ", ".join(f'{{"i": "{hex(n * (2**61 - 1))}"}}' for n in range(30_000))
+    exam = draw_exam(TASK, "x", rng=random.Random(0))
+    line = f'{{"value": {{"s": [{body}]}}}}'.encode()
+    assert decide(TASK, exam, reply_of([line] * 4)).reason == "wrong"
+
+
+def test_a_task_that_a_constant_solves_is_a_mistake():
+    constant = CodeTask(function="f", reference=lambda x: 7, draw=TASK.draw)
+    with pytest.raises(ValueError, match="constant"):
+        draw_exam(constant, "x", rng=random.Random(0))
+    strange = CodeTask(function="f", reference=lambda x: object(), draw=TASK.draw)
+    with pytest.raises(ValueError, match="plain"):
+        draw_exam(strange, "x", rng=random.Random(0))
+    with pytest.raises(ValueError, match="num_cases"):
+        draw_exam(
+            CodeTask(function="f", reference=abs, draw=TASK.draw, num_cases=0),
+            "x",
+            rng=random.Random(0),
+        )
+
+
+def test_a_reference_that_changes_its_arguments_does_not_change_the_program_s():
+    def empties(x):
+        first = x[0]
+        x.clear()
+        return first
+
+    task = CodeTask(function="f", reference=empties, draw=lambda rng: ([rng.randrange(9), 1],))
+    exam = draw_exam(task, "x", rng=random.Random(0))
+    assert all(len(case[0]) == 2 for case in exam.job.cases)
+
+
+def test_equal_generators_draw_equal_exams():
+    draws = [draw_exam(TASK, "x", rng=random.Random(seed)).job.cases for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
