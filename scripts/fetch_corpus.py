@@ -16,11 +16,11 @@ whole: `--hold-out` puts them into a folder beside, whose text takes no part in 
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,7 @@ def unpack(recipe: Recipe, directory: Path, target: Path) -> str:
     if archive.suffix == ".deb":
         subprocess.run(["dpkg-deb", "-x", str(archive), str(target)], check=True)
     elif archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(target)
+        shutil.unpack_archive(archive, target, "zip")  # leaves out names that lead elsewhere
     else:
         with tarfile.open(archive) as packed:
             packed.extractall(target, filter="data")
