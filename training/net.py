@@ -252,7 +252,7 @@ class HttpClient:
             if exchange.response.status not in _REDIRECTS:
                 return exchange
             exchange.connection.close()
-            following = urljoin(url, exchange.header("location"))
+            following = _joined(url, exchange.header("location"))
             next_origin = self._origin_of(following)
             if next_origin[0] != origin[0] == "https":
                 raise SourceError(
@@ -363,6 +363,14 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
     except (TypeError, ValueError):
         return 0.0
     return max(0.0, pause.total_seconds())
+
+
+def _joined(url: str, location: str) -> str:
+    """Where a redirect leads; the location itself when it is no address at all."""
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        return location
 
 
 def _headers_of(exchange: _Exchange) -> dict[str, str]:

@@ -41,7 +41,7 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 ROWS_PER_BATCH = 256
 READ_BYTES = 4 << 20  # of a column at a time
 STATE_FORMAT = 1
-_DATASET_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?\Z", re.ASCII)
+_DATASET_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?\Z", re.ASCII)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -310,7 +310,7 @@ class HubSource:
             if types.is_floating(field.type) or types.is_integer(field.type)
         ]
         for wanted, have, kind in (
-            *((field, texts, "text") for field in self._fields),
+            *((name, texts, "text") for name in self._fields),
             *([(self._score_field, numbers, "numbers")] if self._score_field else []),
         ):
             if wanted not in have:

@@ -19,6 +19,7 @@ from training.sources.base import SourceError
 MAX_RECORD_BYTES = 16 << 20  # unpacked; Common Crawl itself cuts pages at 1 MiB
 MAX_PAGE_BYTES = 2 << 20  # of HTML that is taken apart
 MIN_PACKED_BYTES = 1 << 14  # fed to the inflater at a time
+HEAD_BYTES = 512  # enough for an inflater to give its first words, code tables and all
 _MAGIC = b"\x1f\x8b\x08"
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
@@ -58,7 +59,7 @@ class MemberReader:
     ) -> None:
         self._client = client
         self._url = url
-        self._block_bytes = block_bytes
+        self._block_bytes = max(block_bytes, HEAD_BYTES)
         self._executor = executor
         self._pending: tuple[int, Future[tuple[bytes, FileVersion]]] | None = None
         self._block = memoryview(b"")
@@ -96,16 +97,16 @@ class MemberReader:
     def skip_damage(self) -> None:
         """Go on to the next place after this one where a WARC record begins, or to the end."""
         position = self.offset + 1
-        while len(stretch := self._bytes_at(position)):
+        while len(stretch := self._at_least(len(_MAGIC), position)) >= len(_MAGIC):
             found = bytes(stretch).find(_MAGIC)
-            if found >= 0:
-                position += found
-                if self._begins_record(position):
-                    break
-                position += 1
-            else:  # the magic may lie across two blocks
-                position += max(1, len(stretch) - len(_MAGIC) + 1)
-        self.offset = position
+            if found < 0:
+                position += len(stretch) - len(_MAGIC) + 1  # it may lie across two blocks
+            elif self._begins_record(position + found):
+                self.offset = position + found
+                return
+            else:
+                position += found + 1
+        self.offset = position + len(stretch)
 
     def close(self) -> None:
         """Let go of a block that is still being fetched."""
@@ -114,9 +115,7 @@ class MemberReader:
             self._pending = None
 
     def _begins_record(self, position: int) -> bool:
-        head = bytes(self._bytes_at(position)[:4096])
-        if len(head) < 64:  # at a block's end: look at what follows too
-            head += bytes(self._bytes_at(position + len(head))[:4096])
+        head = bytes(self._at_least(HEAD_BYTES, position)[:HEAD_BYTES])
         try:
             return zlib.decompressobj(wbits=31).decompress(head, 5) == b"WARC/"
         except zlib.error:
@@ -142,6 +141,15 @@ class MemberReader:
             self._block, self._block_start = memoryview(content), position
             self._prefetch(position + len(content))
         return self._block[position - self._block_start :]
+
+    def _at_least(self, count: int, position: int) -> memoryview:
+        """What is at hand from a position on, and `count` bytes if block and file are so long."""
+        stretch = self._bytes_at(position)
+        is_all = self.version is not None and position + len(stretch) >= self.version.size
+        if len(stretch) < count and not is_all:
+            self._block = memoryview(b"")
+            stretch = self._bytes_at(position)
+        return stretch
 
     def _fetch(self, position: int) -> tuple[bytes, FileVersion]:
         pending, self._pending = self._pending, None
@@ -172,7 +180,7 @@ def open_text_reader(kind: str) -> Callable[[bytes], tuple[str, str] | None]:
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
         from resiliparse.extract.html2text import extract_plain_text
-        from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+        from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
     except ImportError as error:
         raise SourceError(
             "Common Crawl needs the packages fastwarc and resiliparse: pip install resiliparse",
@@ -190,7 +198,8 @@ def open_text_reader(kind: str) -> Callable[[bytes], tuple[str, str] | None]:
         page = record.reader.read(MAX_PAGE_BYTES + 1)
         if len(page) > MAX_PAGE_BYTES:
             raise BadRecord("too_large")
-        encoding = record.http_charset or detect_encoding(page, from_html_meta=True) or "utf-8"
+        named = record.http_charset or detect_encoding(page, from_html_meta=True) or "utf-8"
+        encoding = map_encoding_to_html5(named) or "utf-8"
         return extract_plain_text(
             bytes_to_str(page, encoding),
             main_content=True,
@@ -209,7 +218,7 @@ def open_text_reader(kind: str) -> Callable[[bytes], tuple[str, str] | None]:
             text = record.reader.read().decode() if is_wet else read_page(record)
         except UnicodeDecodeError as error:
             raise BadRecord("bad_utf8") from error
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, LookupError, ValueError, RuntimeError) as error:
             raise BadRecord("bad_record") from error
         return text.strip(), record.headers.get("WARC-Identified-Content-Language") or ""
 
