@@ -2,11 +2,11 @@
 
 The files are read here with pyarrow, not with `datasets`, although they are found by its rules. Its
 streaming resumes by reading the shard again from its start (FineWeb-Edu: up to 2 GB), takes a whole
-file for the part that it asked for, does not notice a file replaced meanwhile, and imports for 7 s
-and 330 MB. Here a position is (file, row group, row): resuming asks for the file list, a footer and
-one row group, however far in. The dataset's revision is fixed when the first document is asked for
-and stays so across a resume. Where a dataset has no parquet files, the hub's own conversion is read
-(branch refs/convert/parquet). Nothing is asked of any host but the hub and where it redirects to.
+file for the part that it asked for, does not notice a file replaced meanwhile, asks other hosts
+than the hub, and imports for 330 MB. Here a position is (file, row group, row): resuming asks for
+the file list, a footer and one row group, however far in. The dataset's revision is fixed when the
+first document is asked for and stays so across a resume. Where a dataset has no parquet files, the
+hub's own conversion is read (branch refs/convert/parquet).
 
 Sources: the hub's HTTP interface; Penedo et al. 2024 (FineWeb-Edu and its score).
 """
