@@ -16,9 +16,9 @@ MAX_PASSING_ERRORS = 200
 def make_client(**settings: Any) -> HttpClient:
     """A client that may ask 127.0.0.1 alone, does not pause, and is soon out of patience."""
     defaults: dict[str, Any] = {
-        "read_timeout_s": 0.05,
+        "read_timeout_s": 0.1,
         "allow": allow_hosts("127.0.0.1"),
-        "retries": 2,
+        "retries": 4,  # two are used up on purpose, the rest is for a busy machine
         "sleep": lambda seconds: None,
         "min_bytes_per_s": 1 << 20,
     }
