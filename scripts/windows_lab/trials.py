@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from scripts.windows_lab.controls import BUILDS, CONTROLS, write_build
 
 PE32_PLUS = 0x20B
-LIMIT_S = 900
+LIMIT_S = 3600
 STEPS = 30
 RESUMED_STEPS = 40
 KEPT_LINES = 12
