@@ -128,7 +128,7 @@ class Fuzz:
         self._directory = directory
         self._taken: list[SigmaConfig] = []
         monkeypatch.chdir(directory)
-        monkeypatch.setattr(train_sigma, "dispatch", self._take)
+        monkeypatch.setattr(train_sigma, "begin", lambda arguments, config: self._take(config))
         monkeypatch.setattr(train_sigma, "parse_args", self._parse)
 
     def run(self, make, *, suffix: str, count: int, seed: int) -> None:
