@@ -18,6 +18,7 @@ from training.config.menu import choose_profile, list_profiles
 from training.config.sigma_config import ConfigError, SigmaConfig
 from training.runtime.console import HeldWindow, is_interactive, read_line
 from training.runtime.frozen import prepare_frozen
+from training.runtime.supervisor import die_with_parent, supervise, take_supervision_mark
 
 UNMARKED = object()
 OWN_PACKAGES = ("evolution", "model", "research", "training")
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> int:
     """Run the program; every expected mistake becomes one line on stderr and exit code 2."""
     try:
         given = arguments or default_arguments(program_directory())
-        return dispatch(parse_args(given)) if given else 0
+        return begin(given, parse_args(given)) if given else 0
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OWN_PACKAGES:
             raise
@@ -37,6 +38,21 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted before the run began", file=sys.stderr)
         return 130
+
+
+def begin(arguments: list[str], config: SigmaConfig) -> int:
+    """Do what is asked, with `--supervised` in a child process."""
+    if take_supervision_mark():
+        die_with_parent()
+    elif config.run.mode == "train" and config.run.supervised:
+        return supervise(program_command(), arguments, config)
+    return dispatch(config)
+
+
+def program_command() -> list[str]:
+    """How this program was started, without its arguments; an EXE is its own interpreter."""
+    frozen = getattr(sys, "frozen", False)
+    return [sys.executable] if frozen else [sys.executable, str(Path(__file__).resolve())]
 
 
 def dispatch(config: SigmaConfig) -> int:
@@ -68,6 +84,10 @@ def dispatch(config: SigmaConfig) -> int:
             from training.modes import report
 
             return report.run(config)
+        case "support":
+            from training.modes import support
+
+            return support.run(config)
     raise ConfigError(f"--mode {config.run.mode} is not known")
 
 

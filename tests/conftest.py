@@ -1,6 +1,11 @@
-"""Settings shared by all tests."""
+"""Settings and fixtures shared by all tests."""
+
+from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +13,21 @@ import torch
 if not torch.cuda.is_available():  # read when a kernel is defined, so before any of them
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+MEMORY_DIRECTORY = Path("/dev/shm")
+
 
 @pytest.fixture(autouse=True)
 def one_thread_per_test() -> None:
     """Tiny products gain nothing from threads, and bit-for-bit tests must not depend on them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def ram_path() -> Iterator[Path]:
+    """An empty directory, in memory where the system has such a place; removed afterwards.
+
+    Thousands of trials make and remove directories.
+    """
+    home = MEMORY_DIRECTORY if MEMORY_DIRECTORY.is_dir() else None
+    with tempfile.TemporaryDirectory(dir=home, prefix="sigma_test_") as directory:
+        yield Path(directory)

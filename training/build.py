@@ -25,8 +25,10 @@ from training.features.base import Feature, FeatureSet
 from training.hidden_eval import choose_questions, read_manifest
 from training.hidden_process import HiddenEvalProcess, program_command
 from training.integrity_guards import IntegrityGuards, SourceGuard, check_steps
+from training.micro_batch import MicroBatchPlan
 from training.optimizer import OptimizerSet
 from training.optimizer import build_optimizer as optimizer_for
+from training.run_services import RunServices
 from training.runtime.atomic_io import FileOps
 from training.runtime.checkpoint import CheckpointStore
 from training.runtime.environment import (
@@ -40,13 +42,17 @@ from training.runtime.environment import (
     seed_everything,
     versions,
 )
+from training.runtime.memory_guard import MemoryGuard, read_memory
 from training.runtime.recorder import RunRecorder
 from training.runtime.report_html import write_report
+from training.runtime.report_refresh import ReportRefresher
 from training.runtime.restore import find_candidates
+from training.runtime.save_schedule import SaveSchedule
 from training.runtime.startup_audit import check_symbols
 from training.runtime.state_tree import join_state
 from training.runtime.ui import RunDisplay
-from training.sigma_trainer import RunServices, SigmaTrainer
+from training.runtime.watchdog import HangWatchdog
+from training.sigma_trainer import SigmaTrainer
 from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte
 from training.tokenizer import Tokenizer
 
@@ -136,6 +142,18 @@ def build_store(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) 
     )
 
 
+def build_memory_guard(
+    config: SigmaConfig, plan: MicroBatchPlan, display: RunDisplay, device: torch.device
+) -> MemoryGuard:
+    return MemoryGuard(
+        soft=config.run.memory_soft_limit,
+        hard=config.run.memory_hard_limit,
+        read=lambda: read_memory(device),
+        say=display.message,
+        can_shrink=lambda: plan.can_halve,
+    )
+
+
 def resume_fingerprint(
     config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus
 ) -> dict[str, str]:
@@ -150,7 +168,7 @@ def resume_fingerprint(
         "tokenizer-name": tokenizer.sha256,
     }
     flags = {f"--{name.replace('_', '-')}": str(value) for name, value in (model | own).items()}
-    return flags | {"corpus": corpus.fingerprint, "state schema": "1"}
+    return flags | {"corpus": corpus.fingerprint, "state schema": "2"}
 
 
 def build_trainer(
@@ -173,19 +191,21 @@ def build_trainer(
     model = build_model(config, tokenizer, device)
     autocast = build_autocast(config, device)
     output_dir = Path(config.run.output_dir)
-    tokens_per_step = (
-        config.data.batch_size * config.data.seq_len * config.data.grad_accum_steps
-    )
-    recorder = RunRecorder(
-        output_dir,
-        display=RunDisplay(),
-        device=device,
-        tokens_per_step=tokens_per_step,
-        ema_beta=config.run.metrics_ema_beta,
-    )
+    display = RunDisplay()
+    recorder = build_recorder(config, display, device)
     guards = build_guards(config, device=device, message=recorder.display.message)
+    store = build_store(config, tokenizer, corpus)
+    plan = MicroBatchPlan(
+        batch_size=config.data.batch_size, accumulation=config.data.grad_accum_steps
+    )
     services = RunServices(
-        store=build_store(config, tokenizer, corpus),
+        store=store,
+        saves=SaveSchedule(store, interval=config.run.save_interval, say=display.message),
+        plan=plan,
+        memory=build_memory_guard(config, plan, display, device),
+        watchdog=HangWatchdog(
+            output_dir, timeout_s=config.run.hang_timeout_sec, say=display.message
+        ),
         recorder=recorder,
         audit=guards,
         scaler=torch.amp.GradScaler(
@@ -195,7 +215,7 @@ def build_trainer(
         evaluate=build_evaluator(config, corpus, device),
         sample=build_sampler(config, tokenizer, device),
         on_open=lambda: (write_resolved(config, output_dir), guards.open()),
-        write_report=write_report,
+        report=ReportRefresher(write_report, say=display.message),
         forward_model=compile_model(config, model),
         start_facts=start_facts(config, model),
         config_hash=config_hash(config),
@@ -208,6 +228,17 @@ def build_trainer(
         features=feature_set,
         services=services,
         device=device,
+    )
+
+
+def build_recorder(config: SigmaConfig, display: RunDisplay, device: torch.device) -> RunRecorder:
+    data = config.data
+    return RunRecorder(
+        Path(config.run.output_dir),
+        display=display,
+        device=device,
+        tokens_per_step=data.batch_size * data.seq_len * data.grad_accum_steps,
+        ema_beta=config.run.metrics_ema_beta,
     )
 
 
@@ -313,5 +344,3 @@ def _load_average(model: SigmaLLM, tensors: dict[str, Any], plain: Any) -> None:
     if not shadow:
         raise ConfigError("--weights ema: this run kept no average; train with --ema-enabled")
     model.load_state_dict(shadow, strict=False)
-
-

@@ -7,9 +7,7 @@ in `training/build.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +15,23 @@ import psutil
 import torch
 from torch import nn
 
-from training.audit import RunAudit
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
-from training.data import Batch, TokenStream
-from training.evaluation import EvalResult
+from training.data import TokenStream
 from training.features.base import FeatureSet
-from training.nonfinite import NonFiniteGuard, Verdict
+from training.micro_batch import is_out_of_memory, move_batch
+from training.nonfinite import NonFiniteGuard, Verdict, state_is_finite
 from training.optimizer import OptimizerSet
-from training.runtime.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from training.run_services import RunServices
+from training.runtime.checkpoint import Checkpoint
 from training.runtime.clock import PhaseClock
 from training.runtime.crash_report import write_crash_report
 from training.runtime.locks import RunLock
-from training.runtime.recorder import RunRecorder
+from training.runtime.memory_guard import MemoryLimitReached, Relief, clear_caches
 from training.runtime.rng_state import capture_rng_state, restore_rng_state
+from training.runtime.run_state import join_run_state
 from training.runtime.signals import StopRequest
-from training.runtime.state_tree import join_state, split_state
 from training.schedule import learning_rate_factor, weight_decay_factor
-
-REPORT_INTERVAL_S = 30.0
-NESTED_GROUPS = ("optimizer", "features", "run")  # the model's state is flat already
-
-
-@dataclass(slots=True, kw_only=True)
-class RunServices:
-    """What the trainer drives besides model, optimizer and stream; built in build.py.
-
-    autocast: context of every forward. sample: text the model writes now. on_open: called once the
-    run directory is locked (the resolved settings). write_report: called after saves.
-    forward_model: the model, or its compiled form. audit: guards that watch and never steer.
-    """
-
-    store: CheckpointStore
-    recorder: RunRecorder
-    audit: RunAudit
-    scaler: torch.amp.GradScaler
-    autocast: Callable[[], AbstractContextManager[Any]]
-    evaluate: Callable[[nn.Module], EvalResult]
-    sample: Callable[[nn.Module], str]
-    on_open: Callable[[], object]
-    write_report: Callable[[Path], object]
-    forward_model: Callable[..., Any]
-    start_facts: dict[str, Any]
-    config_hash: str
 
 
 class SigmaTrainer:
@@ -85,21 +57,28 @@ class SigmaTrainer:
         self.device = device
         self.clock = PhaseClock(device)
         self.guard = NonFiniteGuard()
+        self.plan = services.plan
         self.step = 0
         self.output_dir = Path(config.run.output_dir)
-        self._reported = time.perf_counter()
         self._parameters = list(optimizer.parameters())
+        self._updating = False
 
     def fit(self) -> None:
         """Train to the last step, or until asked to stop; every failure leaves a crash JSON."""
         run = self.config.run
-        with RunLock(self.output_dir), StopRequest(self.output_dir) as stop:
+        with (
+            RunLock(self.output_dir),
+            StopRequest(self.output_dir) as stop,
+            self.services.watchdog as watchdog,
+        ):
             try:
                 self._open()
                 while self.step < run.steps and not stop.requested:
-                    ctx = self.train_step()
+                    ctx = self.attempt_step()
                     if ctx is not None:
                         self._after_step(ctx, save_now=stop.take_save_request())
+                        self._relieve_memory()
+                    watchdog.beat(self.step)
                 self._finish(interrupted=self.step < run.steps)
             except Exception as error:
                 self._report_crash(error)
@@ -107,16 +86,32 @@ class SigmaTrainer:
             finally:
                 self._close()
 
+    def attempt_step(self) -> StepContext | None:
+        """`train_step`, or None after a step without memory: it is replayed with less at once."""
+        self._updating = False
+        before = (self.stream.state_dict(), capture_rng_state(), self.features.remember())
+        try:
+            return self.train_step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if not self.plan.can_halve:
+                error.add_note("one row per micro-batch is too much: lower --seq-len or --d-model")
+                raise
+        # Only here are the failed step's tensors free: the traceback held them.
+        self._replay_smaller(*before)
+        return None
+
     def train_step(self) -> StepContext | None:
         """One optimizer step; None when its update had to be skipped."""
         ctx = self.begin_step()
-        accumulation = self.config.data.grad_accum_steps
+        accumulation = self.plan.num_micro_batches
         position = self.stream.state_dict()
         with self.model.weights_held():
             for micro in range(accumulation):
                 ctx.micro = micro
                 with self.clock("data"):
-                    ctx.batch = _moved(self.stream.next_batch(), self.device)
+                    ctx.batch = move_batch(self.stream.next_batch(), self.device)
                 with self.clock("features"):
                     self.features.run("on_batch", ctx)
                 with self.clock("forward"):
@@ -136,6 +131,7 @@ class SigmaTrainer:
 
     def begin_step(self) -> StepContext:
         step = self.step + 1
+        self.stream.batch_size = self.plan.rows
         optim, total = self.config.optim, self.config.run.steps
         factor = learning_rate_factor(
             step,
@@ -149,9 +145,7 @@ class SigmaTrainer:
         )
         self.clock.reset()
         self.clock.synchronize_edges = self._is_log_step(step)
-        ctx = StepContext(
-            step=step, total_steps=total, model=self.model, optimizer=self.optimizer
-        )
+        ctx = StepContext(step=step, total_steps=total, model=self.model, optimizer=self.optimizer)
         ctx.log("lr", optim.lr * factor)
         return ctx
 
@@ -163,20 +157,21 @@ class SigmaTrainer:
                 batch.input_ids, reset_mask=batch.reset_mask, labels=batch.labels
             )
         ctx.losses = {"lm": ctx.outputs.loss, **ctx.outputs.aux}
-        share = ctx.outputs.loss.detach().float() / self.config.data.grad_accum_steps
+        share = ctx.outputs.loss.detach().float() / self.plan.num_micro_batches
         ctx.train_loss = share if ctx.train_loss is None else ctx.train_loss + share
 
     def update(self, ctx: StepContext, position: dict[str, Any]) -> bool:
         """Clip, check and apply the gradients; False when the step must be tried again."""
         scaler = self.services.scaler
+        self._updating = True
         with self.clock("opt_step"):
             for part in self.optimizer.parts:
                 scaler.unscale_(part)
-            ctx.grad_norm = nn.utils.clip_grad_norm_(
-                self._parameters, self.config.optim.grad_clip
-            )
-            finite = bool(torch.isfinite(ctx.grad_norm) & torch.isfinite(ctx.train_loss))
-            overflow = not finite and scaler.is_enabled() and scaler.get_scale() > 1.0
+            ctx.grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.config.optim.grad_clip)
+            sound = state_is_finite(self.model, self.optimizer)
+            usable = torch.isfinite(ctx.grad_norm) & torch.isfinite(ctx.train_loss)
+            sound, finite = torch.stack([sound, sound & usable]).tolist()  # one wait for the device
+            overflow = sound and not finite and scaler.is_enabled() and scaler.get_scale() > 1.0
             if finite:
                 for part in self.optimizer.parts:
                     scaler.step(part)
@@ -187,7 +182,10 @@ class SigmaTrainer:
         if overflow:
             self.model.discard_step()
             return False
-        verdict = self.guard.judge(finite=finite, step=ctx.step, position=position)
+        if sound:
+            verdict = self.guard.judge(finite=finite, step=ctx.step, position=position)
+        else:
+            verdict = self.guard.judge_state(finite=False, step=ctx.step)
         if verdict is not Verdict.APPLY:
             self._reject(ctx.step, verdict)
         return verdict is Verdict.APPLY
@@ -203,6 +201,7 @@ class SigmaTrainer:
                 "recorder": self.services.recorder.state_dict(),
                 "guard": self.guard.state_dict(),
                 "audit": self.services.audit.state_dict(),
+                "micro_batch": self.plan.state_dict(),
                 "model_metrics": self.model.metrics_state(),
                 "scaler": self.services.scaler.state_dict(),
                 "rng": capture_rng_state(),
@@ -216,6 +215,7 @@ class SigmaTrainer:
         self.features.load_state_dict(state["features"])
         run = state["run"]
         self.services.scaler.load_state_dict(run["scaler"])
+        self.plan.load_state_dict(run["micro_batch"])
         self.model.load_metrics_state(run["model_metrics"])
         restore_rng_state(run["rng"])
         if not keep_position:
@@ -224,36 +224,17 @@ class SigmaTrainer:
             self.services.recorder.load_state_dict(run["recorder"])
 
     def save(self, *, block: bool = False) -> None:
-        """Checkpoint the finished step; a full disk is reported and training goes on."""
-        state = self.state_dict()
-        tensors, plain = {"model": state["model"]}, {}
-        for name in NESTED_GROUPS:
-            tensors[name], plain[name] = split_state(state[name])
-        try:
-            self.services.store.save(self.step, tensors, plain, block=block)
-        except CheckpointError as error:
-            if block:
-                raise
-            self.services.recorder.display.message(f"checkpoint not written: {error}")
-            return
-        self.services.audit.verify(self.step)
-        self._refresh_report(now=block)
-
-    def _refresh_report(self, *, now: bool) -> None:
-        """Rebuild report.html, at most twice a minute while the run lasts."""
-        if not now and time.perf_counter() - self._reported < REPORT_INTERVAL_S:
-            return
-        self._reported = time.perf_counter()
-        try:
-            self.services.write_report(self.output_dir)
-        except OSError as error:
-            self.services.recorder.display.message(f"report.html not written: {error}")
+        """Checkpoint the finished step; CheckpointError with `block`, else it is tried again."""
+        if self.services.saves.save(self.step, self.state_dict(), block=block):
+            self.services.audit.verify(self.step)
+            self.services.report.refresh(self.output_dir, at_once=block)
 
     def _open(self) -> None:
         recorder, run = self.services.recorder, self.config.run
         checkpoint = None if run.no_resume else self.services.store.load_newest()
-        state = None if checkpoint is None else _joined(checkpoint)
-        recorder.open(metrics_offset=_metrics_offset(state))
+        state = None if checkpoint is None else join_run_state(checkpoint)
+        offset = None if state is None else state["run"]["recorder"]["metrics_offset"]
+        recorder.open(metrics_offset=offset)
         self.services.on_open()
         self.features.run("on_setup", replace(self.begin_step(), step=self.step))
         if checkpoint is not None and state is not None:
@@ -274,9 +255,13 @@ class SigmaTrainer:
 
     def _after_step(self, ctx: StepContext, *, save_now: bool) -> None:
         recorder, run, evaluation = self.services.recorder, self.config.run, self.config.eval
+        last = self.step == run.steps
+        saving = self.services.saves.is_due(self.step, requested=save_now) or last
+        if saving and not state_is_finite(self.model, self.optimizer):
+            self._reject(self.step, self.guard.judge_state(finite=False, step=self.step))
+            return
         recorder.observe(ctx)
         self.services.audit.observe(self.step, self.model)
-        last = self.step == run.steps
         extra: dict[str, Any] = {"eval_loss": None, "eval_bpb": None}
         if last or _due(self.step, evaluation.eval_interval):
             result = self.services.evaluate(self.model)
@@ -291,22 +276,22 @@ class SigmaTrainer:
                 "checkpoint_step": self.services.store.last_saved_step,
                 "checkpoint_save_s": self.services.store.last_save_seconds,
                 "steps_skipped": len(self.guard.skipped),
+                "micro_batch_rows": self.plan.rows,
+                "memory_guard_stage": int(self.services.memory.stage),
             }
             recorder.write_row(ctx, self.clock, extra)
-        if save_now or (_due(self.step, run.save_interval) and not last):
+        if saving and not last:
             self.save()
 
     def _finish(self, *, interrupted: bool) -> None:
         display, store = self.services.recorder.display, self.services.store
-        try:
-            store.wait()
-        except CheckpointError as error:
-            display.message(f"checkpoint not written: {error}")
+        self.services.saves.settle()
         if self.step and store.last_saved_step != self.step:
-            self.save(block=True)
+            self._save_last()
         if interrupted:
             display.message(
-                f"stopped at step {self.step}, saved; the same command resumes exactly there"
+                f"stopped at step {store.last_saved_step or 0}, saved; the same command resumes "
+                "exactly there"
             )
             return
         self.services.audit.judge(self.features.idle_features())
@@ -318,18 +303,60 @@ class SigmaTrainer:
         if verdict is Verdict.SKIP:
             display.message(f"step {step}: loss or gradient not finite, trying the next batch")
             return
-        self.services.store.wait()
+        restored = verdict is Verdict.RESTORE
+        self._go_back(f"step {step} is not finite", keep_position=not restored)
+        data = "the same data: the weights were not finite" if restored else "new data"
+        display.message(f"step {step} failed: back to step {self.step}, on {data}")
+
+    def _replay_smaller(
+        self, position: dict[str, Any], rng: dict[str, Any], features: list[Any]
+    ) -> None:
+        """Undo the step that found no memory, so that it comes again with half the rows."""
+        step, split = self.step + 1, 2 * self.plan.split
+        self.optimizer.zero_grad()
+        self.model.discard_step()
+        clear_caches()
+        if self._updating:
+            # Weights or moments may be half way: only a checkpoint knows them as they were.
+            if self.services.scaler.is_enabled():
+                self.services.scaler.update(self.services.scaler.get_scale())
+            self._go_back(f"step {step} ran out of memory in its update", keep_position=False)
+        else:
+            self.stream.load_state_dict(position)
+            restore_rng_state(rng)
+            self.features.rewind(features)
+        self.plan.split = split
+        self.services.recorder.display.message(
+            f"step {step}: out of memory; on from step {self.step + 1} with {self.plan.rows} rows"
+        )
+
+    def _go_back(self, why: str, *, keep_position: bool) -> None:
+        """Return to the newest checkpoint; RuntimeError if there is none."""
+        self.services.saves.settle()
         checkpoint = self.services.store.load_newest()
         if checkpoint is None:
             raise RuntimeError(
-                f"step {step} is not finite three times in a row and there is no checkpoint to "
-                "go back to; lower --lr"
+                f"{why} and there is no checkpoint to go back to; lower --lr if it was not "
+                "finite, --batch-size if memory ran out"
             )
-        state = _joined(checkpoint)
-        self.load_state_dict(state, keep_position=True)
+        state = join_run_state(checkpoint)
+        self.load_state_dict(state, keep_position=keep_position)
         self.services.recorder.rewind(state["run"]["recorder"])
         self._follow(checkpoint, state)
-        display.message(f"step {step} failed three times: back to step {self.step}, on new data")
+
+    def _relieve_memory(self) -> None:
+        relief = self.services.memory.check()
+        if relief is Relief.SMALLER_MICRO_BATCH:
+            self.plan.halve()
+        elif relief is Relief.SAVE_AND_STOP:
+            self.services.saves.settle()
+            self._save_last()
+            raise MemoryLimitReached(self.services.store.last_saved_step)
+
+    def _save_last(self) -> None:
+        """Save before the process ends, unless only an older checkpoint is worth keeping."""
+        if state_is_finite(self.model, self.optimizer):
+            self.services.saves.save_last(lambda: self.save(block=True))
 
     def _follow(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         """Take over the step of a checkpoint whose state is in place."""
@@ -366,22 +393,3 @@ class SigmaTrainer:
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu":
-        return batch
-    names = ("input_ids", "labels", "reset_mask", "source_ids")
-    moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in names}
-    return replace(batch, **moved)
-
-
-def _metrics_offset(state: dict[str, Any] | None) -> int | None:
-    return None if state is None else state["run"]["recorder"]["metrics_offset"]
-
-
-def _joined(checkpoint: Checkpoint) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": checkpoint.tensors["model"]}
-    for name in NESTED_GROUPS:
-        state[name] = join_state(checkpoint.tensors[name], checkpoint.state[name])
-    return state

@@ -4,11 +4,10 @@ import os
 import random
 import shutil
 import signal
-import time
 
 import pytest
-import torch
 
+from tests.integration.lives import begin_life, live_under_fire, reap, tiny_trainer
 from tests.integration.runs import differences, newest_checkpoint, tiny_flags, train
 from training.build import build_trainer
 from training.config.cli import parse_args
@@ -17,50 +16,10 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked pr
 FLAGS = ("--steps", "48", "--save-interval", "3", "--max-checkpoints", "4")
 
 
-def train_in_child(args: list[str]) -> int:
-    """Fork a process that trains; torch is loaded already, so a life costs its steps only."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            train(args)
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
-def reap(pid: int) -> int:
-    return os.waitpid(pid, 0)[1]
-
-
-def live_under_fire(args: list[str], draw: random.Random, *, kills: int) -> int:
-    """Restart the run until it ends by itself, killing it at random moments of its first second.
-
-    At most `kills` kills; returns how many hit it alive.
-    """
-    hits = 0
-    while True:
-        pid = train_in_child(args)
-        deadline = time.monotonic() + (draw.uniform(0.0, 1.0) if hits < kills else 600.0)
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                assert status == 0
-                return hits
-            time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
-        hits += os.WIFSIGNALED(reap(pid))
-
-
 @pytest.fixture(scope="module")
 def unharmed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("unharmed") / "run"
-    assert reap(train_in_child(tiny_flags(directory, *FLAGS))) == 0
+    assert reap(begin_life(tiny_trainer(directory, *FLAGS))) == 0
     return directory
 
 
@@ -69,8 +28,24 @@ def test_fifty_kills_leave_no_trace(unharmed, tmp_path):
     while hits < 50:
         directory = tmp_path / f"run{runs}"
         runs += 1
-        hits += live_under_fire(tiny_flags(directory, *FLAGS), draw, kills=50 - hits)
+        hits += live_under_fire(tiny_trainer(directory, *FLAGS), draw, kills=50 - hits)
         assert differences(unharmed, directory) == []
+
+
+@pytest.mark.parametrize("broken", ["training.sigma_trainer.restore_rng_state",
+                                    "training.data.TokenStream.load_state_dict"])  # fmt: skip
+def test_a_life_that_forgets_something_is_noticed(unharmed, tmp_path, monkeypatch, broken):
+    """Negative control: a kill of a run that does not restore all of its state leaves a trace."""
+    monkeypatch.setattr(broken, lambda *args, **kwargs: None)
+    trainer = tiny_trainer(tmp_path / "run", *FLAGS)
+    pid = begin_life(trainer)
+    saved = tmp_path / "run" / "checkpoints" / "checkpoint_step_00000006" / "MANIFEST.json"
+    while not saved.exists():
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.kill(pid, signal.SIGKILL)
+    reap(pid)
+    assert reap(begin_life(trainer)) == 0
+    assert differences(unharmed, tmp_path / "run") != []
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_resumed(unharmed, tmp_path):

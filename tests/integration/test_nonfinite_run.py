@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.runs import metrics_rows, newest_checkpoint, tiny_flags
+from tests.integration.runs import differences, metrics_rows, newest_checkpoint, tiny_flags
 from training.build import build_trainer
 from training.config.cli import parse_args
 
@@ -52,16 +52,22 @@ def test_one_bad_batch_is_skipped_and_nothing_else(tmp_path, poison, call):
     assert all(t.isfinite().all() for t in model.values() if t.is_floating_point())
 
 
-def test_spoiled_weights_are_rolled_back_one_checkpoint(tmp_path):
+def test_spoiled_weights_are_rolled_back_and_the_run_ends_as_if_nothing_had_been(tmp_path):
+    poisoned_trainer(tmp_path / "run", poison_weights, at_calls={6}).fit()
+    build_trainer(parse_args(tiny_flags(tmp_path / "plain", *FLAGS)), features=()).fit()
+    assert differences(tmp_path / "plain", tmp_path / "run") == []
+
+
+def test_weights_that_are_spoiled_again_at_the_same_step_get_new_data(tmp_path):
     directory = tmp_path / "run"
-    poisoned_trainer(directory, poison_weights, at_calls={6}).fit()
+    poisoned_trainer(directory, poison_weights, at_calls={6, 8}).fit()
     rows = metrics_rows(directory)
     assert [row["step"] for row in rows] == list(range(13))
-    assert all(row["train_loss"] is not None for row in rows[1:])
-    model = load_file(newest_checkpoint(directory) / "model.safetensors")
-    assert all(t.isfinite().all() for t in model.values() if t.is_floating_point())
-    state = json.loads((newest_checkpoint(directory) / "state.json").read_text(encoding="utf-8"))
-    assert len(state["run"]["guard"]["skipped"]) == 3
+    streams = []
+    for step in (4, 6):
+        path = directory / "checkpoints" / f"checkpoint_step_{step:08d}" / "state.json"
+        streams.append(json.loads(path.read_text(encoding="utf-8"))["run"]["stream"]["window"])
+    assert streams == [8, 16]  # two batches of two rows were left out between them
 
 
 def test_endless_nan_ends_with_a_crash_report_and_a_good_checkpoint(tmp_path):

@@ -1,8 +1,10 @@
 """The guard's policy: skip, skip, roll back; give up only when rolling back does not help."""
 
 import pytest
+import torch
 
-from training.nonfinite import NonFiniteGuard, Verdict
+from training.nonfinite import NonFiniteGuard, Verdict, state_is_finite
+from training.optimizer import OptimizerSet
 
 
 def test_two_skips_then_a_rollback():
@@ -24,3 +26,32 @@ def test_endless_failure_ends_the_run():
     with pytest.raises(RuntimeError, match="--lr"):
         for _ in range(12):
             guard.judge(finite=False, step=3, position={})
+
+
+def test_damaged_weights_are_restored_once_and_then_get_new_data():
+    guard = NonFiniteGuard()
+    assert guard.judge_state(finite=True, step=5) is Verdict.APPLY
+    assert guard.judge_state(finite=False, step=5) is Verdict.RESTORE
+    assert guard.judge_state(finite=False, step=5) is Verdict.ROLL_BACK
+    assert guard.judge_state(finite=False, step=6) is Verdict.RESTORE
+    assert guard.skipped == []
+    with pytest.raises(RuntimeError, match="--lr"):
+        guard.judge_state(finite=False, step=6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_element_anywhere_is_seen(value):
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.BatchNorm1d(5))
+    optimizer = OptimizerSet([torch.optim.AdamW(model.parameters())])
+    model(torch.randn(4, 7)).sum().backward()
+    optimizer.step()
+    assert state_is_finite(model, optimizer)
+    moments = [v for s in optimizer.parts[0].state.values() for v in s.values() if v.dim()]
+    tensors = [*model.parameters(), *moments, model[1].running_mean]
+    for tensor in tensors:
+        for place in range(tensor.numel()):
+            flat = tensor.data.view(-1)
+            before, flat[place] = flat[place].clone(), value
+            assert not state_is_finite(model, optimizer)
+            flat[place] = before
+    assert state_is_finite(model, optimizer)

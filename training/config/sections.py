@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from model.config import DISPATCH_MODES, GATE_PRECISIONS, QUANT_MODES, RESIDUAL_LAYOUTS
 from training.config.fields import ConfigError, flag
 
-MODES = ("train", "plan", "doctor", "eval", "generate", "report")
+MODES = ("train", "plan", "doctor", "eval", "generate", "report", "support")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +34,26 @@ class RunConfig:
     )
     proof_mode: bool = flag(False, "Fail at the end if an enabled feature never had an effect.")
     crash_report_enabled: bool = flag(True, "Write errors/crash_step_*.json on a failure.")
+    supervised: bool = flag(
+        False, "Train in a child process, so that even a killed run leaves a crash report."
+    )
+    memory_soft_limit: float = flag(
+        0.90,
+        "Share of memory above which caches are cleared and micro-batches made smaller; 1 = never.",
+        above=0.0,
+        maximum=1.0,
+    )
+    memory_hard_limit: float = flag(
+        0.97,
+        "Share of memory above which the run saves and ends; 1 = never.",
+        above=0.0,
+        maximum=1.0,
+    )
+    hang_timeout_sec: float = flag(
+        900.0,
+        "Seconds without a step after which all stacks are written to errors/; 0 = never.",
+        minimum=0.0,
+    )
     metrics_ema_beta: float = flag(
         0.90, "Decay per step of loss_ema and tokens_per_s_ema.", minimum=0.0, below=1.0
     )

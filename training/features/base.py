@@ -8,6 +8,9 @@
 | before_optim | after backward, before clipping | gradients |
 | after_step | after the optimizer step, no grad | shadow weights, plans, schedules |
 
+A step that runs out of memory before its update is replayed, so until after_step a feature may
+give its own attributes new values, which are put back, but must not change them in place.
+
 A phase returns whether this call changed anything (a bool, or a 0-dim bool tensor where asking the
 device would stall it). FeatureSet alone knows enabled, interval and start step, and counts what the
 phases report; no feature tests `step %` or its own switch.
@@ -138,6 +141,28 @@ class FeatureSet:
                 entry.pending_calls = effect.long() if pending is None else pending + effect.long()
             else:
                 entry.effective_calls += bool(effect)
+
+    def remember(self) -> list[tuple[Any, ...]]:
+        """Counters, generators and attributes of the enabled features, for `rewind`; cheap."""
+        return [
+            (
+                entry,
+                entry.effective_calls,
+                entry.pending_calls,
+                entry.rng.get_state(),
+                dict(vars(entry.feature)),
+            )
+            for entry in self._entries
+            if entry.feature is not None and entry.rng is not None
+        ]
+
+    def rewind(self, remembered: list[tuple[Any, ...]]) -> None:
+        """Back to where `remember` was called in this step."""
+        for entry, calls, pending, rng, attributes in remembered:
+            entry.effective_calls, entry.pending_calls = calls, pending
+            entry.rng.set_state(rng)
+            vars(entry.feature).clear()
+            vars(entry.feature).update(attributes)
 
     def mark(self, name: str, count: int = 1) -> None:
         """Count effects of a feature that is called as a service instead of by phase."""

@@ -65,6 +65,7 @@ class FileOps:
     """The primitive operations, each one call to the system; all may raise OSError."""
 
     transient_wait_s = TRANSIENT_WAIT_S
+    sleep: Callable[[float], None] = staticmethod(time.sleep)
 
     def make_dir(self, path: Path) -> None:
         """Create one directory; FileExistsError if the name is taken."""
@@ -131,18 +132,21 @@ class FileOps:
 
     def replace(self, source: Path, target: Path) -> None:
         """Rename a file over whatever `target` was, in one step."""
-        retry_transient(lambda: os.replace(source, target), limit_s=self.transient_wait_s)
+        self._retry(lambda: os.replace(source, target))
 
     def move_dir(self, source: Path, target: Path) -> None:
         """Rename a directory to a name that is free."""
-        retry_transient(lambda: os.rename(source, target), limit_s=self.transient_wait_s)
+        self._retry(lambda: os.rename(source, target))
 
     def remove(self, path: Path) -> None:
-        retry_transient(lambda: os.unlink(path), limit_s=self.transient_wait_s)
+        self._retry(lambda: os.unlink(path))
 
     def remove_dir(self, path: Path) -> None:
         """Remove an empty directory."""
-        retry_transient(lambda: os.rmdir(path), limit_s=self.transient_wait_s)
+        self._retry(lambda: os.rmdir(path))
+
+    def _retry(self, call: Callable[[], None]) -> None:
+        retry_transient(call, limit_s=self.transient_wait_s, sleep=self.sleep)
 
     def list_dir(self, path: Path) -> dict[str, bool]:
         """Names in a directory, each with whether it is itself a directory."""

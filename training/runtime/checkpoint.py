@@ -24,17 +24,16 @@ from torch import Tensor
 from training.runtime.atomic_io import DISK_FULL, FileOps, make_dirs, remove_tree, write_file
 from training.runtime.locks import RunLock
 from training.runtime.manifest import (
-    IGNORED_NAMES,
     MANIFEST_NAME,
-    STATE_NAME,
-    TEMPORARY_NAME,
     FileRecord,
     Manifest,
     Verdict,
     commit_manifest,
     directory_name,
     inspect_checkpoint,
+    is_own_name,
     parse_directory_name,
+    state_name,
 )
 from training.runtime.restore import (
     Candidate,
@@ -62,7 +61,6 @@ QUARANTINE_NAME = "quarantine"
 MIN_VERIFIED = 2
 SPACE_FACTOR = 2
 MAX_REVISIONS = 10_000
-OWN_NAMES = frozenset({STATE_NAME, TEMPORARY_NAME}) | IGNORED_NAMES
 
 _GROUP = re.compile(r"[a-z][a-z0-9_]*")
 _LOG = logging.getLogger(__name__)
@@ -179,6 +177,16 @@ class CheckpointStore:
         pending, self._pending = self._pending, None
         pending.result()
 
+    def take_failure(self) -> CheckpointError | None:
+        """The failure of a save that has ended since it was last asked about; does not wait."""
+        if self._pending is None or not self._pending.done():
+            return None
+        try:
+            self.wait()
+        except CheckpointError as error:
+            return error
+        return None
+
     def close(self) -> None:
         """Finish the save under way and give up the directory; raises like `wait`."""
         try:
@@ -252,17 +260,21 @@ class CheckpointStore:
             return directory
         raise FileExistsError(f"{MAX_REVISIONS} directories of step {step} exist already")
 
-    def _write_files(self, directory: Path, snapshot: Snapshot) -> dict[str, FileRecord]:
+    def _write_files(
+        self, directory: Path, snapshot: Snapshot, *, owner: str = ""
+    ) -> dict[str, FileRecord]:
+        """Files of one rank, with the mark of their `owner` in name and group."""
         records: dict[str, FileRecord] = {}
         for group, host in snapshot.groups.items():
             shards = split_shards(host)
             for index, shard in enumerate(shards, start=1):
                 part = f"-{index:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-                name = f"{group}{part}.safetensors"
+                name = f"{group}{owner}{part}.safetensors"
                 size, sha256 = write_file(self._ops, directory / name, encode_tensors(shard))
-                records[name] = FileRecord(size=size, sha256=sha256, group=group)
-        size, sha256 = write_file(self._ops, directory / STATE_NAME, [snapshot.state])
-        records[STATE_NAME] = FileRecord(size=size, sha256=sha256)
+                records[name] = FileRecord(size=size, sha256=sha256, group=group + owner)
+        name = state_name(owner)
+        size, sha256 = write_file(self._ops, directory / name, [snapshot.state])
+        records[name] = FileRecord(size=size, sha256=sha256)
         return records
 
     def _verify(self, directory: Path) -> None:
@@ -309,7 +321,7 @@ class CheckpointStore:
             return
         try:
             entries = self._ops.list_dir(directory)
-            own = all(name.endswith(".safetensors") or name in OWN_NAMES for name in entries)
+            own = all(name.endswith(".safetensors") or is_own_name(name) for name in entries)
             if own and not any(entries.values()):
                 remove_tree(self._ops, directory)
         except OSError as error:

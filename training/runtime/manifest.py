@@ -88,6 +88,17 @@ def directory_name(step: int, revision: int = 0) -> str:
     return f"checkpoint_step_{step:08d}" + (f".{revision}" if revision else "")
 
 
+def state_name(owner: str = "") -> str:
+    """File of the plain state; of several ranks each has its own, marked with its owner."""
+    return STATE_NAME.replace(".", f"{owner}.")
+
+
+def is_own_name(name: str) -> bool:
+    """Whether this program, or a file browser, may have put a file that is no tensors here."""
+    state = name.startswith("state") and name.endswith(".json")
+    return state or name == TEMPORARY_NAME or name in IGNORED_NAMES
+
+
 def parse_directory_name(name: str) -> int | None:
     """The step a directory name claims, None for any other directory."""
     match = _DIRECTORY.fullmatch(name)

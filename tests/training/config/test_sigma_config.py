@@ -28,8 +28,8 @@ DEVIATIONS = {
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
     ("--residual-layout", "default"): ("standard", "FLAGS.md leaves it to measurement"),
     ("--mode", "type"): (
-        "{train,plan,doctor,eval,generate,report}",
-        "data, chat, export, watch, support do not exist yet",
+        "{train,plan,doctor,eval,generate,report,support}",
+        "data, chat, export, watch do not exist yet",
     ),
 }
 # Flags that FLAGS.md does not name, each with its effect in this program.
@@ -40,6 +40,7 @@ ADDED = {
     "--warmup-steps", "--warmdown-fraction", "--lr-final-ratio", "--eval-interval",
     "--eval-tokens", "--sample-interval", "--sample-prompt", "--sample-tokens", "--ema-enabled",
     "--ema-decay", "--ema-start-fraction", "--curriculum-enabled", "--curriculum-phases",
+    "--memory-soft-limit", "--memory-hard-limit", "--hang-timeout-sec", "--supervised",
     "--kernel-backend", "--eval-file", "--prompt", "--max-new-tokens", "--temperature", "--top-k",
     "--weights", "--hidden", "--self-check",
 }  # fmt: skip

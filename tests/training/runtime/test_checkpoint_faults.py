@@ -229,7 +229,7 @@ def test_failures_that_are_no_damage_never_quarantine(two_saved: Path) -> None:
 
 
 def test_disk_full_at_every_moment_of_many_saves(two_saved: Path) -> None:
-    """The disk fills after a random number of bytes; a sound step is there at every instant."""
+    """R22: 500 saves to a disk that fills after some bytes; a sound step is there throughout."""
 
     class FillingOps(QuietOps):
         left = 10**9
@@ -244,7 +244,7 @@ def test_disk_full_at_every_moment_of_many_saves(two_saved: Path) -> None:
     rng, ops, saved, failed = random.Random(1), FillingOps(), 2, 0
     store = open_store(two_saved, ops=ops, keep=2)
     store.load_newest()
-    for step in range(3, 203):
+    for step in range(3, 503):
         ops.left = rng.randrange(2500)
         try:
             store.save(step, *example(step), block=True)
@@ -256,7 +256,7 @@ def test_disk_full_at_every_moment_of_many_saves(two_saved: Path) -> None:
         assert found is not None and found.step == saved
         assert_is_example(found)
     store.close()
-    assert failed > 50 and saved > 150
+    assert failed > 125 and saved > 400
     left = [path for path in two_saved.iterdir() if path.is_dir()]
     assert len(left) == 2, "unfinished saves leave nothing behind"
 

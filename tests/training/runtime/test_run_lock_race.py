@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -74,26 +75,55 @@ def answer(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def race(racers: list[subprocess.Popen[str]], directory: Path) -> list[str]:
+    """Answers of processes that try to own a directory in the same instant."""
+    begin = time.time() + 0.01
+    for racer in racers:
+        ask(racer, f"{begin} {directory}")
+    answers = [answer(racer) for racer in racers]
+    for racer in racers:
+        ask(racer, "done")
+    assert [answer(racer) for racer in racers] == ["released"] * len(racers)
+    return answers
+
+
 def test_a_race_of_processes_has_one_owner(ram_path: Path) -> None:
-    """60 rounds of 4 processes that start in the same instant in a directory nobody has made."""
-    racers = [start(RACER) for _ in range(4)]
+    """500 rounds of 2 to 8 processes, most in a directory nobody has made."""
+    racers, draw = [start(RACER) for _ in range(8)], random.Random(0)
     try:
-        for index in range(60):
-            directory = ram_path / f"run_{index}"
-            begin = time.time() + 0.02
-            for racer in racers:
-                ask(racer, f"{begin} {directory}")
-            answers = [answer(racer) for racer in racers]
-            owners = [r for r, text in zip(racers, answers, strict=True) if text == "owner"]
-            assert len(owners) == 1, answers
-            assert sum(text.startswith("refused") for text in answers) == 3
-            for racer in racers:
-                ask(racer, "done")
-            assert [answer(racer) for racer in racers] == ["released"] * 4
+        for index in range(500):
+            chosen = draw.sample(racers, draw.choice([2, 2, 3, 3, 4, 8]))
+            answers = race(chosen, ram_path / f"run_{index % 400}")
+            assert answers.count("owner") == 1, answers
+            assert sum(text.startswith("refused") for text in answers) == len(chosen) - 1
     finally:
         for racer in racers:
             racer.kill()
             racer.communicate()
+
+
+def test_a_lock_that_does_not_lock_is_noticed(ram_path: Path) -> None:
+    """Negative control: with a look before the leap instead of a lock, a race has two owners."""
+    look = """
+class RunLock(RunLock):
+    def acquire(self):
+        path = self.directory / "pid"
+        if path.exists():
+            raise RuntimeError("taken")
+        time.sleep(0.002)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    def release(self):
+        (self.directory / "pid").unlink(missing_ok=True)
+for line"""
+    racers = [start(RACER.replace("\nfor line", look)) for _ in range(4)]
+    try:
+        rounds = [race(racers, ram_path / f"run_{index}") for index in range(20)]
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+    assert any(answers.count("owner") > 1 for answers in rounds)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks and sends SIGKILL")

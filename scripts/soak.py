@@ -1,0 +1,231 @@
+"""Tier N of RELIABILITY: the long trials, each with a seed, a time limit and a report.
+
+`python scripts/soak.py R2 --trials 1000 --minutes 30` runs one suite until it has its number of
+trials or its time is up, and writes `bench/results/reliability_<suite>.json`: what was tried, how
+often, what failed, on which code and machine. A failure is recorded with the trial it came from
+and ends the suite with exit code 1; zero failures in N trials bound the rate at 3/N (95 %).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+MEMORY_DIRECTORY = Path("/dev/shm")
+
+
+@dataclass(slots=True, kw_only=True)
+class Trials:
+    """What a suite is given, and what it reports back."""
+
+    home: Path
+    seed: int
+    wanted: int
+    deadline: float
+    done: int = 0
+    failures: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def open(self) -> bool:
+        """Whether another trial may start."""
+        return self.done < self.wanted and time.monotonic() < self.deadline
+
+    def check(self, passed: bool, what: str, *, count: int = 1) -> None:
+        """Record `count` trials, and what went wrong if they did not pass."""
+        self.done += count
+        if not passed:
+            self.failures.append(what)
+
+
+def kills_of_a_run(trials: Trials) -> None:
+    """R2: SIGKILL at random moments; after restarts all ends as in an unharmed run."""
+    from tests.integration.lives import begin_life, live_under_fire, reap, tiny_trainer
+    from tests.integration.runs import differences
+    from tests.integration.test_crash_and_kill import FLAGS
+
+    unharmed, draw, runs = trials.home / "unharmed", random.Random(trials.seed), 0
+    if reap(begin_life(tiny_trainer(unharmed, *FLAGS))):
+        raise RuntimeError("the unharmed run failed")
+    while trials.open:
+        directory = trials.home / f"run{runs}"
+        trainer = tiny_trainer(directory, *FLAGS)
+        hits = live_under_fire(trainer, draw, kills=min(50, trials.wanted - trials.done))
+        found = differences(unharmed, directory)
+        trials.check(found == [], f"run {runs}: {found[:3]}", count=hits)
+        remove(directory)
+        runs += 1
+    trials.facts["runs"] = runs
+
+
+def power_losses(trials: Trials) -> None:
+    """R3, on a model of a disk: states after a power loss before every operation of saving."""
+    from tests.training.runtime.power_loss import RecordingOps
+    from tests.training.runtime.test_power_loss import check_crashes, record_run
+    from training.runtime.checkpoint import CheckpointStore
+
+    seed = trials.seed
+    trials.facts["model"] = (
+        "file operations recorded, states generated in order and as random subsets with torn "
+        "sectors; not the block layer of ext4, xfs or btrfs"
+    )
+    while trials.open:
+        seed += 1
+        base = trials.home / f"seed{seed}"
+        (base / "scratch").mkdir(parents=True)
+        trace = record_run(base / "run", CheckpointStore, RecordingOps())
+        try:
+            states = check_crashes(trace, base / "run", base / "scratch", seed=seed)
+            trials.check(True, "", count=states)
+        except AssertionError as error:
+            trials.check(False, f"seed {seed}: {error}")
+        remove(base)
+
+
+def damaged_checkpoints(trials: Trials) -> None:
+    """R6: damage of eleven kinds; each found, set aside, the checkpoint before it resumed."""
+    from tests.training.runtime.test_checkpoint_corruption import (
+        OTHER_DAMAGE,
+        DamagedStore,
+        flip_bit,
+    )
+
+    logging.disable(logging.WARNING)
+    store, draw = DamagedStore(trials.home / "store"), random.Random(trials.seed)
+    counts: dict[str, int] = {}
+    while trials.open:
+        damage = draw.choice((flip_bit, *OTHER_DAMAGE))
+        try:
+            trials.check(store.survives(damage, draw), f"{trials.done}: {damage.__name__}")
+        except AssertionError:
+            trials.check(False, f"{trials.done}: {damage.__name__}: other values")
+        counts[damage.__name__] = counts.get(damage.__name__, 0) + 1
+    store.store.close()
+    trials.facts["kinds"] = counts
+
+
+def signals_of_a_run(trials: Trials) -> None:
+    """R10: SIGINT and SIGTERM at random moments; exit within 10 s, the last step saved."""
+    from tests.integration.test_signals_at_random import check_runs
+
+    seed = trials.seed
+    while trials.open:
+        seed += 1
+        count = min(25, trials.wanted - trials.done)
+        try:
+            check_runs(trials.home / f"seed{seed}", count=count, seed=seed)
+            trials.check(True, "", count=count)
+        except AssertionError as error:
+            trials.check(False, f"seed {seed}: {error}")
+        remove(trials.home / f"seed{seed}")
+
+
+def resumes(trials: Trials) -> None:
+    """R8: resumed at every step, over optimizers and features, bit for bit."""
+    from tests.integration.test_resume_pairwise import CONFIGURATIONS, STEPS, resume_differences
+
+    for name, flags in CONFIGURATIONS.items():
+        for step in range(1, STEPS):
+            if not trials.open:
+                break
+            found = resume_differences(trials.home / name, flags, step)
+            trials.check(found == [], f"{name}, step {step}: {found[:3]}")
+        remove(trials.home / name)
+    trials.facts["configurations"] = list(CONFIGURATIONS)
+
+
+SUITES: dict[str, tuple[int, Callable[[Trials], None]]] = {
+    "R2": (1000, kills_of_a_run),
+    "R3": (5000, power_losses),
+    "R6": (100_000, damaged_checkpoints),
+    "R8": (10_000, resumes),
+    "R10": (500, signals_of_a_run),
+}
+
+
+def run_suite(name: str, *, wanted: int, minutes: float, seed: int) -> dict[str, Any]:
+    """Run one suite; the report, as it is written."""
+    _, suite = SUITES[name]
+    start = time.monotonic()
+    place = MEMORY_DIRECTORY if MEMORY_DIRECTORY.is_dir() else None
+    with tempfile.TemporaryDirectory(dir=place, prefix="sigma_soak_") as directory:
+        trials = Trials(
+            home=Path(directory), seed=seed, wanted=wanted, deadline=start + 60.0 * minutes
+        )
+        suite(trials)
+    return {
+        "suite": name,
+        "what": (suite.__doc__ or "").strip(),
+        "seed": seed,
+        "trials": trials.done,
+        "trials_wanted": wanted,
+        "failures": trials.failures,
+        "failure_rate_at_most": 3.0 / trials.done if trials.done and not trials.failures else None,
+        "complete": trials.done >= wanted or (name == "R8" and time.monotonic() < trials.deadline),
+        "seconds": round(time.monotonic() - start, 1),
+        "facts": trials.facts,
+        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}",
+    }
+
+
+def code_version() -> str:
+    """Commit of the code, with a plus sign if files differ from it; "" without git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def remove(directory: Path) -> None:
+    """Delete what a finished trial left, so that a long soak does not fill the disk."""
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("suite", choices=[*SUITES, "all"], help="which promise to try")
+    parser.add_argument("--trials", type=int, default=0, help="0 = the number of RELIABILITY.md")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time limit of each suite")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    import torch
+
+    torch.set_num_threads(1)
+    failed = False
+    for name in SUITES if options.suite == "all" else [options.suite]:
+        wanted = options.trials or SUITES[name][0]
+        report = run_suite(name, wanted=wanted, minutes=options.minutes, seed=options.seed)
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        path = options.output_dir / f"reliability_{name.lower()}.json"
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"{name}: {report['trials']} trials, {len(report['failures'])} failed -> {path}")
+        failed |= bool(report["failures"])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main(sys.argv[1:]))

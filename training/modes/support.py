@@ -1,0 +1,142 @@
+"""`--mode support`: one archive with what a bug report needs, and nothing that is private.
+
+In it: settings, the newest metrics rows, crash reports and stack dumps, the list of checkpoints,
+and what `--mode doctor` finds. Not in it: weights, training text, samples, environment variables.
+Every text is redacted as a crash report is, and names of this user's home are replaced as well.
+Nothing is sent anywhere; the user reads the archive and decides.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import socket
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from training.config.presets import to_dict
+from training.config.sigma_config import ConfigError, SigmaConfig
+from training.modes.doctor import examine
+from training.runtime.atomic_io import FileOps, replace_file
+from training.runtime.manifest import MANIFEST_NAME
+from training.runtime.redact import MARK, Redactor
+
+SETTINGS = ("config.json", "resolved_args.txt", "status_latest.json", "integrity_manifest.json")
+NEWEST_REPORTS = 20
+TAIL_BYTES = 2 * 2**20
+HOME_MARK, HOST_MARK = "[home]", "[host]"
+README = """What a bug report about SIGMA needs, from one run directory. Read it before you send it.
+
+doctor.json        what this machine has and lacks
+settings/          the run's settings, as it resolved them
+metrics.jsonl      its newest rows, errors/ its newest crash reports and stack dumps
+checkpoints.json   names, sizes and steps; no weights, no samples, no training text is included
+
+Tokens, passwords and keys were replaced by {mark}, the home directory by {home}, the name of this
+machine by {host}.
+"""
+
+
+def run(config: SigmaConfig) -> int:
+    """Write `<output_dir>/support_<time>.zip` and print its path."""
+    output_dir = Path(config.run.output_dir)
+    if not output_dir.is_dir():
+        raise ConfigError(f"--output-dir {output_dir} holds no run to report on")
+    path = output_dir / f"support_{datetime.now(UTC):%Y%m%dT%H%M%SZ}.zip"
+    replace_file(FileOps(), path, pack(config), durable=False)
+    if config.run.json:
+        print(json.dumps({"support": str(path)}))
+    else:
+        print(f"{path}\nread it before you send it; nothing was sent anywhere")
+    return 0
+
+
+def pack(config: SigmaConfig) -> bytes:
+    """The archive: a zip of redacted UTF-8 texts."""
+    cleaner = TextCleaner(Redactor.from_environment(os.environ))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in collect(config):
+            archive.writestr(cleaner.clean(name), cleaner.clean(text))
+        notes = README.format(mark=MARK, home=HOME_MARK, host=HOST_MARK)
+        archive.writestr("README.txt", notes)
+    return buffer.getvalue()
+
+
+class TextCleaner:
+    """Redacts secrets, this user's home directory and the name of the machine."""
+
+    def __init__(self, redactor: Redactor) -> None:
+        self._redactor = redactor
+        self._names = personal_names()
+
+    def clean(self, text: str) -> str:
+        for name, mark in self._names:
+            text = text.replace(name, mark)
+        return self._redactor.clean(text)
+
+
+def personal_names() -> list[tuple[str, str]]:
+    """What names this user and machine, in every spelling a JSON text may hold, longest first."""
+    names = []
+    try:
+        home = str(Path.home())
+        spellings = {home, home.replace("\\", "/"), json.dumps(home)[1:-1]}
+        names = [(spelling, HOME_MARK) for spelling in spellings]
+    except RuntimeError:  # no home directory can be told
+        pass
+    names += [(host, HOST_MARK) for host in {socket.gethostname(), platform.node()}]
+    return sorted(((n, m) for n, m in names if len(n) > 3), key=lambda pair: -len(pair[0]))
+
+
+def collect(config: SigmaConfig) -> Iterator[tuple[str, str]]:
+    """Name and text of every part, unredacted."""
+    output_dir = Path(config.run.output_dir)
+    yield "doctor.json", json.dumps([asdict(check) for check in examine(config)], indent=2)
+    yield "flags.json", json.dumps(to_dict(config), indent=2, sort_keys=True)
+    yield "checkpoints.json", json.dumps(list_checkpoints(Path(config.run.checkpoint_dir)))
+    for name in SETTINGS:
+        if (output_dir / name).is_file():
+            yield f"settings/{name}", read_tail(output_dir / name)
+    if (output_dir / "metrics.jsonl").is_file():
+        yield "metrics.jsonl", read_tail(output_dir / "metrics.jsonl")
+    reports = [p for p in (output_dir / "errors").glob("*") if p.suffix in (".json", ".txt")]
+    for path in sorted(reports, key=lambda p: p.stat().st_mtime_ns)[-NEWEST_REPORTS:]:
+        yield f"errors/{path.name}", read_tail(path)
+
+
+def read_tail(path: Path) -> str:
+    """The last two MiB of a text, from the beginning of a line; a line says why if unreadable."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            data = file.read(TAIL_BYTES)
+    except OSError as error:
+        return f"{path.name} could not be read: {error.strerror or error}\n"
+    if size > len(data):
+        data = data.partition(b"\n")[2]
+    return data.decode("utf-8", "replace")
+
+
+def list_checkpoints(directory: Path) -> list[dict[str, object]]:
+    """Name, size in bytes and whether it is committed, for everything that stands there."""
+    if not directory.is_dir():
+        return []
+    found = []
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir() and (path.name.startswith("checkpoint_step_")):
+            files = [file for file in path.iterdir() if file.is_file()]
+            found.append(
+                {
+                    "name": path.relative_to(directory).as_posix(),
+                    "num_bytes": sum(file.stat().st_size for file in files),
+                    "committed": (path / MANIFEST_NAME).is_file(),
+                }
+            )
+    return found

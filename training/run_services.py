@@ -1,0 +1,51 @@
+"""What the trainer drives besides model, optimizer, stream and features; wired in build.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.audit import RunAudit
+from training.evaluation import EvalResult
+from training.micro_batch import MicroBatchPlan
+from training.runtime.checkpoint import CheckpointStore
+from training.runtime.memory_guard import MemoryGuard
+from training.runtime.recorder import RunRecorder
+from training.runtime.report_refresh import ReportRefresher
+from training.runtime.save_schedule import SaveSchedule
+from training.runtime.watchdog import HangWatchdog
+
+
+@dataclass(slots=True, kw_only=True)
+class RunServices:
+    """One value per service of a run.
+
+    saves: when to save, and what becomes of a save that fails. plan: rows per micro-batch; short
+    memory makes it finer. memory, watchdog: asked for relief, and told that the run is alive, at
+    every step. audit: guards that watch and never steer. autocast: context of every forward.
+    sample: text the model writes now. on_open: called once the run directory is locked (the
+    resolved settings). report: refreshed after saves. forward_model: the model, or its compiled
+    form.
+    """
+
+    store: CheckpointStore
+    saves: SaveSchedule
+    plan: MicroBatchPlan
+    memory: MemoryGuard
+    watchdog: HangWatchdog
+    recorder: RunRecorder
+    audit: RunAudit
+    scaler: torch.amp.GradScaler
+    autocast: Callable[[], AbstractContextManager[Any]]
+    evaluate: Callable[[nn.Module], EvalResult]
+    sample: Callable[[nn.Module], str]
+    on_open: Callable[[], object]
+    report: ReportRefresher
+    forward_model: Callable[..., Any]
+    start_facts: dict[str, Any]
+    config_hash: str
