@@ -204,7 +204,9 @@ def remove(directory: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("suite", choices=[*SUITES, "all"], help="which promise to try")
     parser.add_argument("--trials", type=int, default=0, help="0 = the number of RELIABILITY.md")
     parser.add_argument("--minutes", type=float, default=60.0, help="time limit of each suite")

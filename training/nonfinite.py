@@ -89,5 +89,5 @@ def state_is_finite(model: nn.Module, optimizer: OptimizerSet) -> Tensor:
             # 0-d: AdamW's step counters, which live on the host.
             tensors += [v for v in state.values() if isinstance(v, Tensor) and v.dim()]
     floating = [t for t in tensors if t.is_floating_point() and t.numel()]
-    norms = torch._foreach_norm(floating, 2)
+    norms = torch._foreach_norm(floating, 2)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack([norm.float() for norm in norms]).isfinite().all()

@@ -178,8 +178,7 @@ class RankCheckpointStore(CheckpointStore):
         damaged.clear()
         for candidate in find_candidates(self._ops, self.directory):
             late = before_step is not None and candidate.step >= before_step
-            known = candidate.sequence is not None and newest is not None
-            if late or (known and candidate.sequence > newest):
+            if late or (newest is not None and (candidate.sequence or 0) > newest):
                 continue
             found = inspect_checkpoint(self._ops, candidate.path, fingerprint=self._fingerprint)
             if found.verdict is Verdict.VALID:
