@@ -209,6 +209,7 @@ class SourceReader:
         try:
             document = self.source.next_document()
         except SourceExhausted:
+            self.source.rewind(epoch=self._snapshot["epoch"] + 1)
             self._finish(epoch_ends=True)
             return
         self._builder.add(document)
@@ -243,7 +244,7 @@ class SourceReader:
                 transient=False,
             )
         if snapshot["source"] is None:
-            self.source.rewind(epoch=snapshot["epoch"])
+            self.source.rewind(epoch=0)
         else:
             self.source.load_state_dict(snapshot["source"])
         if self._new_window is not None:
@@ -272,7 +273,7 @@ class SourceReader:
                 transient=False,
             )
         shard.after = {
-            "source": None if epoch_ends else self.source.state_dict(),
+            "source": self.source.state_dict(),
             "epoch": epoch + epoch_ends,
             "kept": 0 if epoch_ends else kept,
             "window": None if self._window is None else self._window.state_dict(),
@@ -280,7 +281,7 @@ class SourceReader:
             "ended": epoch_ends and 0 < settings.max_epochs <= epoch + 1,
         }
         self._builder = None
-        self._source_at = None if epoch_ends else shard.after
+        self._source_at = shard.after
         self.store.put(shard)
         self._publish(shard)
 

@@ -44,6 +44,7 @@ class MixedStream:
         mixture: Mixture,
         corpus: TokenCorpus,
         settings: StreamSettings,
+        on_close: Callable[[], object] | None = None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
@@ -55,6 +56,7 @@ class MixedStream:
         self._readers = readers
         self._corpus = corpus
         self._settings = settings
+        self._on_close = on_close
         self._now = now
         self._sleep = sleep
         self._bootstrap = BootstrapDocuments(corpus, seed=mixture.seed)
@@ -188,6 +190,8 @@ class MixedStream:
         """Stop the readers, each after the read it is in."""
         for reader in self._readers.values():
             reader.close()
+        if self._on_close is not None:
+            self._on_close()
 
     def _identity(self) -> dict[str, JSON]:
         return {

@@ -1,0 +1,166 @@
+"""From a configuration to a mixed stream that reads ahead: pool, stores, readers, mixture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from training.config.sigma_config import SigmaConfig
+from training.data import TokenCorpus
+from training.mixture import Mixture
+from training.pipeline import DocumentPipeline
+from training.prefetch import ReaderSettings, SourceReader
+from training.shards import SPOOL_FORMAT, MemoryStore, ShardStore, SpoolStore
+from training.sources.base import JSON
+from training.sources.registry import HUB_SOURCES, SourceSpec, open_source, source_specs
+from training.stream import MixedStream
+from training.stream_state import StreamSettings, metric_name
+from training.tokenizer import Tokenizer
+
+MOST_WORKERS = 4  # chosen by themselves; --num-workers may be more
+NETWORK_KINDS = (*HUB_SOURCES, "commoncrawl")
+# Flags that decide which tokens follow; how fast and from where they come is not among them.
+DECIDING = (
+    "data_backend", "local_path", "pdf_path", "local_ratio", "source_list", "mix_strategy",
+    "source_max_epochs", "fineweb_ratio", "fineweb_min_score", "commoncrawl_ratio",
+    "commoncrawl_latest_crawls", "commoncrawl_wet_paths_per_crawl", "commoncrawl_records_per_file",
+    "commoncrawl_parallel_files", "bootstrap_seed_batches", "startup_hf_only_samples",
+    "stream_shuffle_buffer", "dedup_window_size", "dedup_normalize_chars",
+)  # fmt: skip
+
+
+def deciding_flags(config: SigmaConfig) -> dict[str, str]:
+    """What a resumed run must share of the stream's settings, by flag; nothing when embedded."""
+    if config.stream.data_backend == "embedded":
+        return {}
+    return {f"--{name.replace('_', '-')}": str(getattr(config.stream, name)) for name in DECIDING}
+
+
+def open_stream(
+    config: SigmaConfig, *, tokenizer: Tokenizer, corpus: TokenCorpus, spool_directory: Path
+) -> MixedStream:
+    """The stream of a backend other than embedded, its sources asked once.
+
+    ValueError in one line when a source can never deliver what the flags ask for.
+    """
+    options, seed = config.stream, config.run.seed
+    specs = source_specs(options, seed=seed)
+    sources = {spec.key: open_source(spec, config=options) for spec in specs}
+    workers = worker_count(options.num_workers)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize") if workers else None
+    settings = ReaderSettings(
+        seed=seed,
+        shard_documents=options.stream_shuffle_buffer,
+        chunk_documents=options.stream_tokenize_batch_size,
+        chunks_in_flight=max(1, options.prefetch_factor * workers),
+        max_epochs=options.source_max_epochs,
+    )
+    pipeline = DocumentPipeline(
+        tokenizer=tokenizer, prefix_characters=options.dedup_normalize_chars
+    )
+    stores = _open_stores(config, specs, tokenizer=tokenizer, directory=spool_directory)
+    readers = {
+        key: SourceReader(
+            source,
+            key=key,
+            pipeline=pipeline,
+            store=stores[key],
+            settings=settings,
+            pool=pool,
+            threaded=workers > 0,
+        )
+        for key, source in sources.items()
+    }
+    stream = MixedStream(
+        readers,
+        mixture=Mixture(
+            seed=seed,
+            turn_tokens=config.data.seq_len,
+            weights={spec.key: spec.weight for spec in specs},
+            strategy=options.mix_strategy,
+        ),
+        corpus=corpus,
+        settings=_stream_settings(config, specs),
+        on_close=None if pool is None else pool.shutdown,
+    )
+    try:
+        stream.start(patience_s=4.0 * options.source_read_timeout_sec)
+    except ValueError:
+        stream.close()
+        raise
+    return stream
+
+
+def worker_count(asked: int) -> int:
+    """`--num-workers`, or one less than the processors, at least 1 and at most MOST_WORKERS."""
+    return asked if asked >= 0 else min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1))
+
+
+def _stream_settings(config: SigmaConfig, specs: list[SourceSpec]) -> StreamSettings:
+    options = config.stream
+    hub = tuple(spec.key for spec in specs if spec.kind in HUB_SOURCES)
+    has_network = any(spec.kind in NETWORK_KINDS for spec in specs)
+    return StreamSettings(
+        batch_size=config.data.batch_size,
+        seq_len=config.data.seq_len,
+        bootstrap_batches=options.bootstrap_seed_batches if has_network else 0,
+        first_sources=hub,
+        first_documents=options.startup_hf_only_samples if hub else 0,
+        dedup_window=options.dedup_window_size,
+        read_timeout_s=options.source_read_timeout_sec,
+        start_timeout_s=options.first_batch_timeout_sec,
+        bootstrap_on_failure=options.on_all_sources_failed == "bootstrap",
+        max_tokens={spec.key: spec.max_tokens for spec in specs},
+        fingerprint={"source settings": {spec.key: spec.identity() for spec in specs}},
+    )
+
+
+def _open_stores(
+    config: SigmaConfig, specs: list[SourceSpec], *, tokenizer: Tokenizer, directory: Path
+) -> dict[str, ShardStore]:
+    options = config.stream
+    if options.spool_max_mb == 0:
+        return {spec.key: MemoryStore(documents=options.source_prefetch) for spec in specs}
+    decided: dict[str, JSON] = {
+        "format": SPOOL_FORMAT,
+        "tokenizer": tokenizer.sha256,
+        "seed": config.run.seed,
+        "shard": options.stream_shuffle_buffer,
+        "prefix": options.dedup_normalize_chars,
+        "epochs": options.source_max_epochs,
+    }
+    paths = {}
+    for spec in specs:
+        text = json.dumps(decided | {"source": spec.identity()}, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        paths[spec.key] = directory / f"{metric_name(spec.key)[:40]}-{digest}"
+    limit = options.spool_max_mb << 20
+    prune_spool(directory, keep=set(paths.values()), max_bytes=limit)
+    for path in paths.values():
+        path.mkdir(parents=True, exist_ok=True)
+    return {key: SpoolStore(path, max_bytes=limit // len(specs)) for key, path in paths.items()}
+
+
+def prune_spool(directory: Path, *, keep: set[Path], max_bytes: int) -> None:
+    """Delete spools of other settings, the longest unused first, until the rest fits."""
+    if not directory.is_dir():
+        return
+    sizes = {
+        path: sum(file.stat().st_size for file in path.iterdir())
+        for path in directory.iterdir()
+        if path.is_dir()
+    }
+    others = sorted((path for path in sizes if path not in keep), key=_last_use)
+    for path in others:
+        if sum(sizes.values()) <= max_bytes:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        del sizes[path]
+
+
+def _last_use(path: Path) -> float:
+    return path.stat().st_mtime
