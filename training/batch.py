@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.mixture import Mixture
+
 IGNORED_LABEL = -100
 
 
@@ -24,6 +26,11 @@ class Batch:
 
 class BatchStream(Protocol):
     """Endless batches with a position; what the trainer asks of its data."""
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """Whose turns can be reweighted; None for a stream of one text."""
+        ...
 
     def next_batch(self) -> Batch: ...
 

@@ -204,6 +204,10 @@ class TokenStream:
             "served_tokens": self.served_tokens,
         }
 
+    @property
+    def mixture(self) -> None:
+        return None
+
     def position(self) -> dict[str, Any]:
         return self.state_dict()
 

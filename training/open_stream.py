@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,13 +16,14 @@ from training.data import TokenCorpus
 from training.mixture import Mixture
 from training.pipeline import DocumentPipeline
 from training.prefetch import ReaderSettings, SourceReader
-from training.shards import SPOOL_FORMAT, MemoryStore, ShardStore, SpoolStore
-from training.sources.base import JSON
+from training.shards import SPOOL_FORMAT, MemoryStore, ShardStore, SpoolStore, shard_file
+from training.sources.base import JSON, SOURCE_IDS
 from training.sources.registry import HUB_SOURCES, SourceSpec, open_source, source_specs
 from training.stream import MixedStream
 from training.stream_state import StreamSettings, metric_name
 from training.tokenizer import Tokenizer
 
+BEGINNING_LASTS_S = 7 * 86400.0
 MOST_WORKERS = 4  # chosen by themselves; --num-workers may be more
 NETWORK_KINDS = (*HUB_SOURCES, "commoncrawl")
 # Flags that decide which tokens follow; how fast and from where they come is not among them.
@@ -62,7 +65,10 @@ def open_stream(
     pipeline = DocumentPipeline(
         tokenizer=tokenizer, prefix_characters=options.dedup_normalize_chars
     )
-    stores = _open_stores(config, specs, tokenizer=tokenizer, directory=spool_directory)
+    identities = {key: source.identity() for key, source in sources.items()}
+    stores = _open_stores(
+        config, specs, identities=identities, tokenizer=tokenizer, directory=spool_directory
+    )
     readers = {
         key: SourceReader(
             source,
@@ -82,6 +88,7 @@ def open_stream(
             turn_tokens=config.data.seq_len,
             weights={spec.key: spec.weight for spec in specs},
             strategy=options.mix_strategy,
+            kinds={spec.key: SOURCE_IDS[spec.kind] for spec in specs},
         ),
         corpus=corpus,
         settings=_stream_settings(config, specs),
@@ -120,7 +127,12 @@ def _stream_settings(config: SigmaConfig, specs: list[SourceSpec]) -> StreamSett
 
 
 def _open_stores(
-    config: SigmaConfig, specs: list[SourceSpec], *, tokenizer: Tokenizer, directory: Path
+    config: SigmaConfig,
+    specs: list[SourceSpec],
+    *,
+    identities: dict[str, dict[str, JSON]],
+    tokenizer: Tokenizer,
+    directory: Path,
 ) -> dict[str, ShardStore]:
     options = config.stream
     if options.spool_max_mb == 0:
@@ -135,25 +147,31 @@ def _open_stores(
     }
     paths = {}
     for spec in specs:
-        text = json.dumps(decided | {"source": spec.identity()}, sort_keys=True)
+        own = {"source": spec.identity(), "identity": identities[spec.key]}
+        text = json.dumps(decided | own, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         paths[spec.key] = directory / f"{metric_name(spec.key)[:40]}-{digest}"
     limit = options.spool_max_mb << 20
     prune_spool(directory, keep=set(paths.values()), max_bytes=limit)
     for path in paths.values():
         path.mkdir(parents=True, exist_ok=True)
+        _forget_old_beginning(path)
     return {key: SpoolStore(path, max_bytes=limit // len(specs)) for key, path in paths.items()}
+
+
+def _forget_old_beginning(path: Path) -> None:
+    """A new run must not begin with last month's crawls; one that resumes is further on."""
+    first = path / shard_file(0)
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - first.stat().st_mtime > BEGINNING_LASTS_S:
+            first.unlink()
 
 
 def prune_spool(directory: Path, *, keep: set[Path], max_bytes: int) -> None:
     """Delete spools of other settings, the longest unused first, until the rest fits."""
     if not directory.is_dir():
         return
-    sizes = {
-        path: sum(file.stat().st_size for file in path.iterdir())
-        for path in directory.iterdir()
-        if path.is_dir()
-    }
+    sizes = {path: _size(path) for path in directory.iterdir() if path.is_dir()}
     others = sorted((path for path in sizes if path not in keep), key=_last_use)
     for path in others:
         if sum(sizes.values()) <= max_bytes:
@@ -164,3 +182,11 @@ def prune_spool(directory: Path, *, keep: set[Path], max_bytes: int) -> None:
 
 def _last_use(path: Path) -> float:
     return path.stat().st_mtime
+
+
+def _size(path: Path) -> int:
+    total = 0
+    for file in path.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another run may be tidying up as well
+            total += file.stat().st_size
+    return total

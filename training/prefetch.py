@@ -24,6 +24,7 @@ from training.sources.base import JSON, DocumentSource, SourceError, SourceExhau
 FIRST_SHARD_DOCUMENTS = 16
 IDLE_S = 0.5  # how long an idle thread sleeps at most before it looks again
 POLL_S = 0.05
+CLOSE_S = 3.0  # how long the end of a run waits for a read
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -164,12 +165,14 @@ class SourceReader:
         return 0.0
 
     def close(self) -> None:
-        """Stop the thread, waiting for the read it is in, and close the source."""
+        """Stop the thread and close the source; a read that hangs is left to its end."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_S)
+            if self._thread.is_alive():
+                return
         self.source.close()
 
     def start(self) -> None:

@@ -208,7 +208,12 @@ class SpoolStore:
             self._path(number).unlink()
 
     def _path(self, number: int) -> Path:
-        return self.directory / f"{number:08d}.shard"
+        return self.directory / shard_file(number)
+
+
+def shard_file(number: int) -> str:
+    """Name of a shard's file in its spool."""
+    return f"{number:08d}.shard"
 
 
 def _number(path: Path) -> int:

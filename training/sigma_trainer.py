@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from training.audit import RunAudit
+from training.batch import Batch, BatchStream
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
-from training.data import Batch, TokenStream
 from training.evaluation import EvalResult
 from training.features.base import FeatureSet
 from training.nonfinite import NonFiniteGuard, Verdict
@@ -71,7 +71,7 @@ class SigmaTrainer:
         *,
         model: nn.Module,
         optimizer: OptimizerSet,
-        stream: TokenStream,
+        stream: BatchStream,
         features: FeatureSet,
         services: RunServices,
         device: torch.device,
@@ -111,7 +111,7 @@ class SigmaTrainer:
         """One optimizer step; None when its update had to be skipped."""
         ctx = self.begin_step()
         accumulation = self.config.data.grad_accum_steps
-        position = self.stream.state_dict()
+        position = self.stream.position()
         with self.model.weights_held():
             for micro in range(accumulation):
                 ctx.micro = micro
@@ -150,7 +150,11 @@ class SigmaTrainer:
         self.clock.reset()
         self.clock.synchronize_edges = self._is_log_step(step)
         ctx = StepContext(
-            step=step, total_steps=total, model=self.model, optimizer=self.optimizer
+            step=step,
+            total_steps=total,
+            model=self.model,
+            optimizer=self.optimizer,
+            mixture=self.stream.mixture,
         )
         ctx.log("lr", optim.lr * factor)
         return ctx
@@ -276,6 +280,8 @@ class SigmaTrainer:
         recorder, run, evaluation = self.services.recorder, self.config.run, self.config.eval
         recorder.observe(ctx)
         self.services.audit.observe(self.step, self.model)
+        for message in self.stream.take_messages():
+            recorder.display.message(message)
         last = self.step == run.steps
         extra: dict[str, Any] = {"eval_loss": None, "eval_bpb": None}
         if last or _due(self.step, evaluation.eval_interval):
@@ -288,6 +294,7 @@ class SigmaTrainer:
                 **self.model.metrics(),
                 **self.features.metrics(),
                 **self.services.audit.metrics(),
+                **self.stream.metrics(),
                 "checkpoint_step": self.services.store.last_saved_step,
                 "checkpoint_save_s": self.services.store.last_save_seconds,
                 "steps_skipped": len(self.guard.skipped),
@@ -356,6 +363,7 @@ class SigmaTrainer:
         self.features.close()
         try:
             self.services.audit.close()
+            self.stream.close()
             self.services.store.close()
         finally:
             self.services.recorder.close()

@@ -28,7 +28,8 @@ from training.prefetch import SourceReader
 from training.recent_hashes import RecentHashes
 from training.shards import Shard, snapshot_hash
 from training.sources.base import JSON
-from training.stream_state import SourceCursor, StreamSettings, metric_name
+from training.stream_report import source_report, stream_metrics
+from training.stream_state import SourceCursor, StreamSettings
 
 STATE_FORMAT = 1
 POLL_S = 0.05  # between two looks at stalled sources when nothing else is left to do
@@ -98,12 +99,6 @@ class MixedStream:
             byte_lengths=self._corpus.byte_lengths,
         )
 
-    def set_weights(self, weights: dict[str, float]) -> None:
-        """Weights of the next draws, for all sources by key."""
-        if weights.keys() != self.mixture.weights.keys():
-            raise ValueError(f"weights for {sorted(weights)}, sources {sorted(self.cursors)}")
-        self.mixture.weights = {key: weights[key] for key in self.mixture.weights}
-
     @property
     def served_tokens(self) -> dict[str, int]:
         """Input tokens handed out so far, by source."""
@@ -158,29 +153,15 @@ class MixedStream:
             self._readers[key].seek(cursor.number, cursor.start)
 
     def metrics(self) -> dict[str, float]:
-        total = max(1, sum(self.served_tokens.values()))
-        readers, cursors = self._readers.values(), self.cursors.values()
         return {
-            **{
-                f"data_source_fraction_{metric_name(key)}": count / total
-                for key, count in self.served_tokens.items()
-            },
-            **{
-                f"data_source_stalled_{metric_name(key)}": int(cursor.stalled)
-                for key, cursor in self.cursors.items()
-            },
-            "data_dedup_dropped": sum(
-                c.duplicates + c.rejected["duplicate"] + c.rejected["near_duplicate"]
-                for c in cursors
-            ),
-            "data_rejected": sum(sum(c.rejected.values()) for c in cursors),
-            "data_timeouts": sum(c.timeouts for c in cursors),
-            "data_fallbacks": sum(c.fallbacks for c in cursors),
-            "data_breaker_trips": sum(reader.breaker.trips for reader in readers),
-            "data_queue_depth": sum(reader.store.depth() for reader in readers),
+            **stream_metrics(self.cursors, self._readers, served=self.served_tokens),
             "data_wait_s": self.wait_s,
             "bootstrap_batches_used": self.bootstrap_batches,
         }
+
+    def source_report(self) -> dict[str, dict[str, JSON]]:
+        """Of every source: documents read and left out by reason, the shard in hand included."""
+        return source_report(self.cursors, self._shards)
 
     def take_messages(self) -> list[str]:
         messages, self._messages = self._messages, []
@@ -347,6 +328,7 @@ class MixedStream:
     def _next_shard(self, key: str, shard: Shard) -> None:
         cursor = self.cursors[key]
         cursor.rejected.update(shard.rejected)
+        cursor.documents_read += shard.num_read
         cursor.number, cursor.record, cursor.start = shard.number + 1, 0, shard.after
         del self._shards[key]
         if shard.after["ended"]:

@@ -41,7 +41,8 @@ class SourceCursor:
     start: dict[str, JSON] = field(default_factory=first_snapshot)
     stalled: bool = False
     ended: str = ""  # why it gives nothing more
-    documents: int = 0
+    documents: int = 0  # handed out whole
+    documents_read: int = 0  # of the shards that are done, left out ones included
     tokens: int = 0
     timeouts: int = 0  # times it had nothing when its turn came
     fallbacks: int = 0  # turns that another source took

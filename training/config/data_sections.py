@@ -48,9 +48,7 @@ class StreamConfig:
     commoncrawl_latest_crawls: int = flag(2, "Number of newest crawls used.", minimum=1)
     commoncrawl_wet_paths_per_crawl: int = flag(256, "WET files sampled per crawl.", minimum=1)
     commoncrawl_records_per_file: int = flag(256, "Most records read per WET file.", minimum=1)
-    commoncrawl_parallel_files: int = flag(
-        1, "WET files read concurrently.", minimum=1, maximum=64
-    )
+    commoncrawl_parallel_files: int = flag(1, "WET files read concurrently.", minimum=1, maximum=64)
     num_workers: int = flag(
         -1,
         "Threads that filter and tokenize; 0 = no thread, -1 = by the processors.",
@@ -116,8 +114,5 @@ class AdaptiveConfig:
     )
     adaptive_reference: str = flag(
         "", "Checkpoint directory of the reference model of excess.", is_path=True
-    )
-    adaptive_measure_steps: int = flag(
-        8, "Steps between measurements of the sources' losses.", minimum=1
     )
     adaptive_shuffled: bool = flag(False, "Placebo: hand the signals to the wrong sources.")

@@ -194,7 +194,9 @@ def _listed(name: str) -> list[SourceSpec]:
 def _entry(entry: dict[str, JSON], *, where: str) -> SourceSpec:
     kind = "local" if entry.get("type") == "text" else entry.get("type")
     if kind not in LIST_KEYS:
-        raise ConfigError(f"{where}: type must be hf, local, text or pdf, not {entry.get('type')!r}")
+        raise ConfigError(
+            f"{where}: type must be hf, local, text or pdf, not {entry.get('type')!r}"
+        )
     if unknown := sorted(set(entry) - LIST_KEYS[kind] - COMMON_KEYS):
         raise ConfigError(f"{where}: unknown key {unknown[0]!r} for type {entry['type']}")
     needed = "dataset" if kind == "hf" else "path"
