@@ -8,17 +8,29 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from training.config.data_sections import StreamConfig
 from training.config.sigma_config import SigmaConfig
+from training.contamination import ContaminationIndex
 from training.data import TokenCorpus
 from training.mixture import Mixture
-from training.pipeline import DocumentPipeline
+from training.near_duplicates import NearDuplicateWindow
+from training.pipeline import Check, DocumentPipeline, DuplicateWindow
 from training.prefetch import ReaderSettings, SourceReader
+from training.quality import LanguageFilter, QualityFilter
 from training.shards import SPOOL_FORMAT, MemoryStore, ShardStore, SpoolStore, shard_file
-from training.sources.base import JSON, SOURCE_IDS
-from training.sources.registry import HUB_SOURCES, SourceSpec, open_source, source_specs
+from training.sources.base import JSON, SOURCE_IDS, split_of
+from training.sources.embedded import EmbeddedCorpus
+from training.sources.registry import (
+    HUB_SOURCES,
+    SourceSpec,
+    language_codes,
+    open_source,
+    source_specs,
+)
 from training.stream import MixedStream
 from training.stream_state import StreamSettings, metric_name
 from training.tokenizer import Tokenizer
@@ -32,7 +44,8 @@ DECIDING = (
     "source_max_epochs", "fineweb_ratio", "fineweb_min_score", "commoncrawl_ratio",
     "commoncrawl_latest_crawls", "commoncrawl_wet_paths_per_crawl", "commoncrawl_records_per_file",
     "commoncrawl_parallel_files", "bootstrap_seed_batches", "startup_hf_only_samples",
-    "stream_shuffle_buffer", "dedup_window_size", "dedup_normalize_chars",
+    "stream_shuffle_buffer", "dedup_window_size", "dedup_normalize_chars", "near_dedup_window",
+    "quality_filter", "languages", "language_model", "contamination_check",
 )  # fmt: skip
 
 
@@ -62,9 +75,7 @@ def open_stream(
         chunks_in_flight=max(1, options.prefetch_factor * workers),
         max_epochs=options.source_max_epochs,
     )
-    pipeline = DocumentPipeline(
-        tokenizer=tokenizer, prefix_characters=options.dedup_normalize_chars
-    )
+    pipelines = open_pipelines(config, specs, tokenizer=tokenizer)
     identities = {key: source.identity() for key, source in sources.items()}
     stores = _open_stores(
         config, specs, identities=identities, tokenizer=tokenizer, directory=spool_directory
@@ -73,9 +84,10 @@ def open_stream(
         key: SourceReader(
             source,
             key=key,
-            pipeline=pipeline,
+            pipeline=pipelines[key],
             store=stores[key],
             settings=settings,
+            window=_window_factory(options),
             pool=pool,
             threaded=workers > 0,
         )
@@ -100,6 +112,42 @@ def open_stream(
         stream.close()
         raise
     return stream
+
+
+def open_pipelines(
+    config: SigmaConfig, specs: list[SourceSpec], *, tokenizer: Tokenizer
+) -> dict[str, DocumentPipeline]:
+    """The checks of every source: form, language, and then text of the validation split."""
+    options = config.stream
+    languages: list[Check] = []
+    if options.language_model:
+        languages = [LanguageFilter(language_codes(options)).check]
+    evaluation: list[Check] = []
+    if options.contamination_check:
+        held_out = (d.text for d in EmbeddedCorpus().documents() if split_of(d.id) == "validation")
+        evaluation = [ContaminationIndex(held_out).check]
+    return {
+        spec.key: DocumentPipeline(
+            tokenizer=tokenizer,
+            before_window=[
+                *([QualityFilter.for_source(spec.kind).check] if options.quality_filter else []),
+                *languages,
+            ],
+            after_window=evaluation,
+            prefix_characters=options.dedup_normalize_chars,
+        )
+        for spec in specs
+    }
+
+
+def _window_factory(options: StreamConfig) -> Callable[[], DuplicateWindow] | None:
+    if options.dedup_window_size == 0 and options.near_dedup_window == 0:
+        return None
+    return lambda: NearDuplicateWindow(
+        window_size=options.dedup_window_size,
+        near_window=options.near_dedup_window,
+        normalize_chars=options.dedup_normalize_chars,
+    )
 
 
 def worker_count(asked: int) -> int:
@@ -142,7 +190,15 @@ def _open_stores(
         "tokenizer": tokenizer.sha256,
         "seed": config.run.seed,
         "shard": options.stream_shuffle_buffer,
-        "prefix": options.dedup_normalize_chars,
+        "checks": [
+            options.dedup_window_size,
+            options.dedup_normalize_chars,
+            options.near_dedup_window,
+            options.quality_filter,
+            options.languages,
+            options.language_model,
+            options.contamination_check,
+        ],
         "epochs": options.source_max_epochs,
     }
     paths = {}

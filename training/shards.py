@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from training.sources.base import JSON
+from training.runtime.state_tree import join_state, split_state
 from training.token_cache import read_token_file, write_token_file
 
 SPOOL_FORMAT = 1
+AFTER = "after:"  # begins the names of a snapshot's tensors in a file
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,7 +38,7 @@ class Shard:
     source_ids: NDArray[np.int16]  # (documents,)
     hashes: NDArray[np.uint64]  # (documents,) of each document's normalised beginning
     before: str  # hash of the snapshot it was made from
-    after: dict[str, JSON]  # snapshot that the next shard is made from
+    after: dict[str, Any]  # snapshot that the next shard is made from; JSON and tensors
     rejected: dict[str, int]  # documents left out, by reason
     num_read: int  # documents of the source, left out ones included
 
@@ -48,10 +50,16 @@ class Shard:
         return self.tokens[self.starts[index] : self.starts[index + 1]]
 
 
-def snapshot_hash(snapshot: dict[str, JSON]) -> str:
+def snapshot_hash(snapshot: dict[str, Any]) -> str:
     """What names the place in a source where a shard begins."""
-    content = json.dumps(snapshot, sort_keys=True, separators=(",", ":")).encode()
-    return hashlib.sha256(content).hexdigest()
+    content = json.dumps(snapshot, sort_keys=True, separators=(",", ":"), default=_tensor_hash)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _tensor_hash(value: Any) -> str:
+    """What stands for a tensor (a window of duplicates) in a snapshot's hash."""
+    array = value.numpy()
+    return f"{array.dtype}{array.shape}{hashlib.sha256(array.tobytes()).hexdigest()}"
 
 
 class ShardStore(Protocol):
@@ -221,11 +229,12 @@ def _number(path: Path) -> int:
 
 
 def _to_arrays(shard: Shard) -> dict[str, np.ndarray]:
+    tensors, after = split_state(shard.after)
     facts: dict[str, Any] = {
         "format": SPOOL_FORMAT,
         "number": shard.number,
         "before": shard.before,
-        "after": shard.after,
+        "after": after,
         "rejected": shard.rejected,
         "num_read": shard.num_read,
     }
@@ -235,6 +244,7 @@ def _to_arrays(shard: Shard) -> dict[str, np.ndarray]:
         "source_ids": shard.source_ids,
         "hashes": shard.hashes,
         "facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8),
+        **{f"{AFTER}{name}": tensor.numpy() for name, tensor in tensors.items()},
     }
 
 
@@ -242,6 +252,11 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> Shard | None:
     facts = json.loads(arrays["facts"].tobytes())
     if facts["format"] != SPOOL_FORMAT:
         return None
+    tensors = {
+        name.removeprefix(AFTER): torch.from_numpy(array)
+        for name, array in arrays.items()
+        if name.startswith(AFTER)
+    }
     return Shard(
         number=facts["number"],
         tokens=arrays["tokens"],
@@ -249,7 +264,7 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> Shard | None:
         source_ids=arrays["source_ids"],
         hashes=arrays["hashes"],
         before=facts["before"],
-        after=facts["after"],
+        after=join_state(tensors, facts["after"]),
         rejected=facts["rejected"],
         num_read=facts["num_read"],
     )

@@ -10,7 +10,7 @@ from training.shards import Shard
 from training.sources.base import JSON
 from training.stream_state import SourceCursor, metric_name
 
-DUPLICATE_REASONS = ("duplicate", "near_duplicate")
+DUPLICATE_REASONS = ("exact_duplicate", "near_duplicate")
 
 
 def stream_metrics(

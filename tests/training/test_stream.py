@@ -1,7 +1,9 @@
-"""The mixed stream: documents whole, shares kept, and a position that resumes to the exact token."""
+"""The mixed stream: documents whole, shares kept, a position that resumes to the exact token."""
 
 import json
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from tests.training.fake_sources import FakeSource, permanent
 from tests.training.mixed import CORPUS, digest, mixed_stream, take, three_sources
 from tests.training.small_corpus import TOKENIZER, assert_same
+from training.near_duplicates import NearDuplicateWindow
 from training.runtime.state_tree import join_state, split_state
 from training.shards import SpoolStore
 from training.sources.base import SOURCE_IDS, split_of
@@ -30,8 +33,7 @@ def documents_of(batches):
     ids = torch.cat([batch.source_ids.flatten() for batch in batches]).tolist()
     starts = [i for i, token in enumerate(tokens) if token == CORPUS.end_id]
     return [
-        (ids[start], TOKENIZER.decode(tokens[start + 1 : stop]))
-        for start, stop in zip(starts, starts[1:], strict=False)
+        (ids[start], TOKENIZER.decode(tokens[start + 1 : stop])) for start, stop in pairwise(starts)
     ]
 
 
@@ -217,7 +219,7 @@ def test_other_material_under_the_same_name_is_refused_by_the_source():
     other = FakeSource("local", key="web", size=201)
     with mixed_stream({"web": other}, start_timeout_s=1.0) as stream:
         stream.load_state_dict(state)
-        with pytest.raises(RuntimeError, match="not the one of the checkpoint.*--no-resume"):
+        with pytest.raises(RuntimeError, match=r"not the one of the checkpoint.*--no-resume"):
             stream.next_batch()
 
 
@@ -295,6 +297,42 @@ def test_reweighing_takes_effect_at_the_next_draw_and_survives_a_resume():
     with mixed_stream(sources) as resumed:
         resumed.load_state_dict(state)
         assert digest(take(resumed, 50)) == following
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_the_window_of_near_duplicates_is_part_of_the_position(spooled, tmp_path):
+    """A source that repeats itself, resumed anywhere, leaves out the same documents."""
+
+    def make():
+        source = FakeSource("local", key="again", size=400, words=(20, 60))
+        plain = source.document
+        source.document = lambda epoch, index: replace(
+            plain(epoch, index % 30), id=f"again/{index}"
+        )
+        return {"again": source}
+
+    def spool(key):
+        return SpoolStore(tmp_path, max_bytes=10 << 20)
+
+    options = {
+        "window": lambda: NearDuplicateWindow(window_size=500, near_window=500),
+        "store": spool if spooled else None,
+    }
+    with mixed_stream(make(), **options) as stream:
+        states, batches = [], []
+        for _ in range(40):
+            states.append(saved(stream))
+            batches.append(stream.next_batch())
+        assert stream.metrics()["data_dedup_dropped"] > 100
+    texts = [text.split(":")[0] for _, text in documents_of(batches)]
+    assert len(texts) > len(set(texts)) * 0.9
+    for index in range(0, 40, 6):
+        if spooled:
+            for path in sorted(tmp_path.glob("*.shard"))[index // 6 :: 3]:
+                path.unlink()
+        with mixed_stream(make(), **options) as resumed:
+            resumed.load_state_dict(states[index])
+            assert digest(take(resumed, 40 - index)) == digest(batches[index:])
 
 
 def test_a_spool_changes_nothing_and_a_damaged_one_is_repaired(tmp_path):

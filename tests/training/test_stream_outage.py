@@ -1,4 +1,4 @@
-"""Failures: they cost time and turns, are counted and said, and never change what a source gives."""
+"""Failures cost time and turns, are counted and said, and never change what a source gives."""
 
 import json
 import threading
@@ -136,8 +136,8 @@ def test_nothing_of_a_source_is_lost_or_repeated_by_an_outage():
     texts = []
     with mixed_stream({"edu": source, "files": other}, clock=clock) as stream:
         original = stream._document
-        stream._document = lambda key, shard: texts.append((key, stream.cursors[key].record)) or (
-            original(key, shard)
+        stream._document = lambda key, shard: (
+            texts.append((key, stream.cursors[key].record)) or (original(key, shard))
         )
         for round_number in range(12):
             down[0] = round_number % 2 == 1
@@ -151,8 +151,8 @@ def test_nothing_of_a_source_is_lost_or_repeated_by_an_outage():
     with mixed_stream({"edu": FakeSource("hf", key="edu", size=60)}) as stream:
         opened = []
         plain = stream._document
-        stream._document = lambda key, shard: opened.append(stream.cursors[key].record) or (
-            plain(key, shard)
+        stream._document = lambda key, shard: (
+            opened.append(stream.cursors[key].record) or (plain(key, shard))
         )
         take(stream, 400)
     records = [record for key, record in texts if key == "edu"]

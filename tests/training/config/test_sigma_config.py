@@ -45,9 +45,11 @@ ADDED = {
     "--warmup-steps", "--warmdown-fraction", "--lr-final-ratio", "--eval-interval",
     "--eval-tokens", "--sample-interval", "--sample-prompt", "--sample-tokens", "--ema-enabled",
     "--ema-decay", "--ema-start-fraction", "--curriculum-enabled", "--curriculum-phases",
-    "--aux-adaptive-shuffled", "--eval-file", "--hidden", "--kernel-backend", "--local-path",
-    "--local-ratio", "--max-new-tokens", "--mix-strategy", "--pdf-path", "--preview-batches",
-    "--prompt", "--self-check", "--source-list", "--source-max-epochs", "--spool-max-mb",
+    "--aux-adaptive-shuffled", "--contamination-check", "--eval-file", "--hidden",
+    "--kernel-backend", "--language-model", "--languages", "--local-path", "--local-ratio",
+    "--max-new-tokens", "--mix-strategy", "--near-dedup-window", "--pdf-path", "--preview-batches",
+    "--prompt", "--quality-filter", "--self-check", "--source-list", "--source-max-epochs",
+    "--spool-max-mb",
     "--temperature", "--top-k", "--weights",
 }  # fmt: skip
 
