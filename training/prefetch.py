@@ -279,12 +279,14 @@ class SourceReader:
             "source": self.source.state_dict(),
             "epoch": epoch + epoch_ends,
             "kept": 0 if epoch_ends else kept,
-            "window": None if self._window is None else self._window.state_dict(),
+            "window": None if self._window is None or epoch_ends else self._window.state_dict(),
             "identity": self._identity,
             "ended": epoch_ends and 0 < settings.max_epochs <= epoch + 1,
         }
         self._builder = None
         self._source_at = shard.after
+        if epoch_ends and self._new_window is not None:
+            self._window = self._new_window()  # a new epoch is meant to repeat the last one
         self.store.put(shard)
         self._publish(shard)
 

@@ -280,12 +280,16 @@ class MixedStream:
                 return None
             if cursor.record >= len(shard):
                 self._next_shard(key, shard)
-            elif self._recent.is_new(int(shard.hashes[cursor.record])):
+            elif self._is_new(key, int(shard.hashes[cursor.record])):
                 return self._document(key, shard)
             else:
                 cursor.duplicates += 1
                 cursor.record += 1
         return None
+
+    def _is_new(self, key: str, value: int) -> bool:
+        source = list(self.cursors).index(key)
+        return self._recent.is_new(value, source=source, epoch=self.cursors[key].start["epoch"])
 
     def _document(self, key: str, shard: Shard) -> OpenDocument:
         record = self.cursors[key].record
@@ -329,8 +333,13 @@ class MixedStream:
         cursor = self.cursors[key]
         cursor.rejected.update(shard.rejected)
         cursor.documents_read += shard.num_read
+        epoch_ends = shard.after["epoch"] != cursor.start["epoch"]
         cursor.number, cursor.record, cursor.start = shard.number + 1, 0, shard.after
         del self._shards[key]
+        if epoch_ends:
+            if cursor.epoch_documents == 0:
+                cursor.ended = "it holds nothing that the other sources do not"
+            cursor.epoch_documents = 0
         if shard.after["ended"]:
             cursor.ended = "used up (--source-max-epochs)"
         self._readers[key].release(cursor.number)
@@ -343,6 +352,7 @@ class MixedStream:
         key, cursor = document.key, self.cursors[document.key]
         cursor.record += 1
         cursor.documents += 1
+        cursor.epoch_documents += 1
         self.mixture.pay(key, len(document.tokens))
         if cursor.record >= len(self._shards[key]):
             self._next_shard(key, self._shards[key])

@@ -42,6 +42,7 @@ class SourceCursor:
     stalled: bool = False
     ended: str = ""  # why it gives nothing more
     documents: int = 0  # handed out whole
+    epoch_documents: int = 0  # of them, in the present epoch
     documents_read: int = 0  # of the shards that are done, left out ones included
     tokens: int = 0
     timeouts: int = 0  # times it had nothing when its turn came

@@ -156,15 +156,25 @@ def test_the_breaker_opens_doubles_its_pause_and_closes():
 
 
 def test_recent_hashes_are_a_window_and_resume():
-    """Against a plain list of the last ones that were let through."""
+    """Against a plain list of the last ones that were let through; all of one source."""
     generator = np.random.default_rng(1)
     window, kept = RecentHashes(50), []
     for step, value in enumerate(generator.integers(0, 120, 3000).tolist()):
-        assert window.is_new(value) == (value not in kept[-50:])
+        assert window.is_new(value, source=0, epoch=0) == (value not in kept[-50:])
         if value not in kept[-50:]:
             kept.append(value)
         if step in (10, 49, 50, 51, 1234):
             tensors, plain = split_state(window.state_dict())
             window = RecentHashes(50)
             window.load_state_dict(join_state(tensors, plain))
-    assert all(RecentHashes(0).is_new(3) for _ in range(3))
+    assert all(RecentHashes(0).is_new(3, source=0, epoch=0) for _ in range(3))
+
+
+def test_a_source_may_repeat_itself_in_its_next_epoch_only():
+    window = RecentHashes(10)
+    assert window.is_new(7, source=0, epoch=0)
+    assert not window.is_new(7, source=0, epoch=0)
+    assert not window.is_new(7, source=1, epoch=0)
+    assert window.is_new(7, source=0, epoch=1)
+    assert not window.is_new(7, source=0, epoch=1)
+    assert not window.is_new(7, source=1, epoch=1)

@@ -137,7 +137,7 @@ def test_a_state_that_forgets_the_open_document_is_noticed():
         assert digest(take(resumed, 3)) != digest(following)
 
 
-@pytest.mark.parametrize("distance", [10, 4000])
+@pytest.mark.parametrize("distance", [10, 1000])
 def test_resume_asks_a_source_for_one_shard_however_far_in(distance):
     def calls_of_a_resume(state):
         sources = three_sources()
@@ -281,6 +281,32 @@ def test_what_another_source_had_lately_is_left_out():
     with mixed_stream(twins(), dedup_window=0) as stream:
         texts = [text for _, text in documents_of(take(stream, 60))]
         assert len(texts) > len(set(texts)) + 20
+
+
+def test_the_next_epoch_repeats_a_small_source_whatever_the_windows():
+    def make():
+        source = FakeSource("local", key="small", size=30, words=(20, 60))
+        plain = source.document
+        source.document = lambda epoch, index: plain(0, index)  # the same texts in every epoch
+        return {"small": source}
+
+    window = lambda: NearDuplicateWindow(window_size=500, near_window=500)  # noqa: E731
+    with mixed_stream(make(), window=window, dedup_window=500) as stream:
+        texts = [text for _, text in documents_of(take(stream, 60))]
+        assert max(Counter(texts).values()) >= 3
+        assert stream.metrics()["data_dedup_dropped"] == 0
+
+
+def test_a_source_that_only_repeats_another_ends():
+    same = {"a": FakeSource("local", key="x", size=60), "b": FakeSource("hf", key="x", size=60)}
+    for source in same.values():
+        source.document = lambda epoch, index: same["a"].__class__.document(same["a"], 0, index)
+    with mixed_stream(same, dedup_window=500, weights={"a": 1.0, "b": 0.0}) as stream:
+        take(stream, 60)
+        stream.mixture.weights["b"] = 1.0
+        take(stream, 20)
+        assert "nothing that the other sources do not" in stream.cursors["b"].ended
+        assert not stream.cursors["a"].ended
 
 
 def test_reweighing_takes_effect_at_the_next_draw_and_survives_a_resume():
