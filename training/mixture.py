@@ -33,7 +33,8 @@ def _splitmix64(state: int) -> int:
 @dataclass(slots=True, kw_only=True)
 class Mixture:
     """weights: by source, in the order of the fallback; a weight of 0 = only as a fallback.
-    kinds: what stands for each source in `Batch.source_ids`. base: the weights asked for."""
+    ids: what stands for each source in `Batch.source_ids`, where it is not the document's own.
+    base: the weights asked for."""
 
     seed: int
     turn_tokens: int
@@ -41,16 +42,16 @@ class Mixture:
     strategy: str = "weighted"
     counter: int = 0
     credits: dict[str, int] = field(default_factory=dict)
-    kinds: dict[str, int] = field(default_factory=dict)
+    ids: dict[str, int] = field(default_factory=dict)
     base: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.base = dict(self.weights)
 
     def reweigh(self, factors: dict[int, float]) -> None:
-        """Multiply the weights that were asked for by a factor per kind of source (1 if none)."""
+        """Multiply the weights that were asked for by the factor of its id (1 if none)."""
         self.weights = {
-            key: weight * factors.get(self.kinds.get(key, 0), 1.0)
+            key: weight * factors.get(self.ids.get(key, 0), 1.0)
             for key, weight in self.base.items()
         }
 

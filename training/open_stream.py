@@ -35,6 +35,7 @@ from training.stream import MixedStream
 from training.stream_state import StreamSettings, metric_name
 from training.tokenizer import Tokenizer
 
+FIRST_OWN_ID = 100  # of sources that are not the first of their kind
 BEGINNING_LASTS_S = 7 * 86400.0
 MOST_WORKERS = 4  # chosen by themselves; --num-workers may be more
 NETWORK_KINDS = (*HUB_SOURCES, "commoncrawl")
@@ -100,7 +101,7 @@ def open_stream(
             turn_tokens=config.data.seq_len,
             weights={spec.key: spec.weight for spec in specs},
             strategy=options.mix_strategy,
-            kinds={spec.key: SOURCE_IDS[spec.kind] for spec in specs},
+            ids=source_ids(specs),
         ),
         corpus=corpus,
         settings=_stream_settings(config, specs),
@@ -148,6 +149,15 @@ def _window_factory(options: StreamConfig) -> Callable[[], DuplicateWindow] | No
         near_window=options.near_dedup_window,
         normalize_chars=options.dedup_normalize_chars,
     )
+
+
+def source_ids(specs: list[SourceSpec]) -> dict[str, int]:
+    """A number per source for `Batch.source_ids`: its kind's, or an own one where two share it."""
+    ids: dict[str, int] = {}
+    for index, spec in enumerate(specs):
+        kind = SOURCE_IDS[spec.kind]
+        ids[spec.key] = kind if kind not in ids.values() else FIRST_OWN_ID + index
+    return ids
 
 
 def worker_count(asked: int) -> int:

@@ -293,9 +293,8 @@ class MixedStream:
 
     def _document(self, key: str, shard: Shard) -> OpenDocument:
         record = self.cursors[key].record
-        return OpenDocument(
-            key=key, tokens=shard.document(record), source_id=int(shard.source_ids[record])
-        )
+        source_id = self.mixture.ids.get(key, int(shard.source_ids[record]))
+        return OpenDocument(key=key, tokens=shard.document(record), source_id=source_id)
 
     def _load_shard(self, key: str, *, wait_s: float) -> Shard | None:
         """The shard that is being read; made anew where it has been lost."""

@@ -81,7 +81,7 @@ def test_a_weight_of_zero_is_drawn_only_when_nothing_else_is_there():
 
 
 def test_reweighing_multiplies_what_was_asked_for_and_does_not_accumulate():
-    mixture = Mixture(seed=1, turn_tokens=8, weights=dict(WEIGHTS), kinds={"a": 1, "b": 2, "c": 2})
+    mixture = Mixture(seed=1, turn_tokens=8, weights=dict(WEIGHTS), ids={"a": 1, "b": 2, "c": 2})
     for _ in range(3):
         mixture.reweigh({2: 0.5})
     assert mixture.weights == {"a": 5.0, "b": 1.5, "c": 1.0}

@@ -312,7 +312,7 @@ def test_a_source_that_only_repeats_another_ends():
 def test_reweighing_takes_effect_at_the_next_draw_and_survives_a_resume():
     sources = {"a": FakeSource("local", key="a"), "b": FakeSource("hf", key="b")}
     with mixed_stream(sources) as stream:
-        stream.mixture.kinds = {"a": 9, "b": 11}
+        stream.mixture.ids = {"a": 9, "b": 11}
         take(stream, 50)
         stream.mixture.reweigh({9: 0.0})
         before = stream.served_tokens

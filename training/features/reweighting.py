@@ -7,6 +7,7 @@ tokens, so that it does not depend on the batch size.
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from training.context import StepContext
 from training.features.base import Feature, Schedule
 from training.reweighting import SourceFactors
 from training.runtime.checkpoint import CheckpointStore
-from training.sources.base import SOURCE_IDS
+from training.stream_state import metric_name
 
 MEASUREMENTS_PER_UPDATE = 32
 IGNORED = -100
@@ -72,13 +73,14 @@ class AdaptiveSourcesFeature(Feature):
         assert ctx.batch is not None and ctx.mixture is not None
         if self.tokens - self.measured_at >= self.interval_tokens // MEASUREMENTS_PER_UPDATE:
             self.measured_at = self.tokens
-            self._measure(ctx.model, ctx.batch, set(ctx.mixture.kinds.values()))
+            self._measure(ctx.model, ctx.batch, set(ctx.mixture.ids.values()))
         self.tokens += ctx.batch.input_ids.numel()
-        names = {number: name for name, number in SOURCE_IDS.items()}
-        for kind, factor in self.factors.factors.items():
-            ctx.log(f"source_weight_{names[kind]}", factor)
-            ctx.log(f"source_loss_{names[kind]}", self.factors.losses[kind])
-            ctx.log(f"source_signal_{names[kind]}", self.factors.signals[kind])
+        factors, losses = self.factors.factors, self.factors.losses
+        for key, source in ctx.mixture.ids.items():
+            name = metric_name(key)
+            ctx.log(f"source_weight_{name}", factors.get(source, 1.0))
+            ctx.log(f"source_loss_{name}", losses.get(source, math.nan))
+            ctx.log(f"source_signal_{name}", self.factors.signals.get(source, 0.0))
         return False
 
     def after_step(self, ctx: StepContext) -> bool:
@@ -100,31 +102,31 @@ class AdaptiveSourcesFeature(Feature):
         self.factors.load_state_dict(state["factors"])
         self.tokens, self.measured_at, self.updated_at = state["clock"]
 
-    def _measure(self, model: nn.Module, batch: Batch, kinds: set[int]) -> None:
-        losses = source_losses(model, batch, kinds=kinds)
+    def _measure(self, model: nn.Module, batch: Batch, sources: set[int]) -> None:
+        losses = source_losses(model, batch, sources=sources)
         references: dict[int, float] = {}
         if self._reference_model is not None:
-            references = source_losses(self._reference_model, batch, kinds=kinds)
-        for kind, loss in losses.items():
-            self.factors.observe(kind, loss, reference=references.get(kind))
+            references = source_losses(self._reference_model, batch, sources=sources)
+        for source, loss in losses.items():
+            self.factors.observe(source, loss, reference=references.get(source))
 
 
-def source_losses(model: nn.Module, batch: Batch, *, kinds: set[int]) -> dict[int, float]:
-    """Mean loss in nats per token of each kind of source in the batch; changes nothing."""
+def source_losses(model: nn.Module, batch: Batch, *, sources: set[int]) -> dict[int, float]:
+    """Mean loss in nats per token of each of the sources in the batch; changes nothing."""
     was_training = model.training
     model.eval()
     with torch.no_grad():
         # With labels the model forms no logits, which would be the largest tensor of all.
         outputs = model(batch.input_ids, reset_mask=batch.reset_mask, labels=batch.labels)
         losses: dict[int, Tensor] = {}
-        for kind in sorted(kinds & set(batch.source_ids.unique().tolist())):
-            labels = torch.where(batch.source_ids == kind, batch.labels, IGNORED)
+        for source in sorted(sources & set(batch.source_ids.unique().tolist())):
+            labels = torch.where(batch.source_ids == source, batch.labels, IGNORED)
             if bool((labels != IGNORED).any()):
-                losses[kind] = linear_cross_entropy(
+                losses[source] = linear_cross_entropy(
                     outputs.hidden.flatten(0, 1), model.head_weight, labels.flatten()
                 )
     model.train(was_training)
-    return {kind: float(loss) for kind, loss in losses.items()}
+    return {source: float(loss) for source, loss in losses.items()}
 
 
 def _load_reference(model: nn.Module, directory: Path) -> nn.Module:

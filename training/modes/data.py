@@ -43,6 +43,8 @@ def preview(stream: BatchStream, tokenizer: Tokenizer, *, batches: int) -> dict[
     seconds = max(1e-9, time.perf_counter() - start)
     tokens = sum(batch.input_ids.numel() for batch in read)
     names = {number: name for name, number in SOURCE_IDS.items()}
+    if stream.mixture is not None:
+        names |= {number: key for key, number in stream.mixture.ids.items()}
     counts = Counter(
         {
             names[int(number)]: int(sum((batch.source_ids == number).sum() for batch in read))
