@@ -75,22 +75,23 @@ class AdaptiveSourcesFeature(Feature):
             self.measured_at = self.tokens
             self._measure(ctx.model, ctx.batch, set(ctx.mixture.ids.values()))
         self.tokens += ctx.batch.input_ids.numel()
+        return False
+
+    def after_step(self, ctx: StepContext) -> bool:
+        assert ctx.mixture is not None
+        changed = False
+        if self.tokens - self.updated_at >= self.interval_tokens:
+            self.updated_at = self.tokens
+            before = dict(ctx.mixture.weights)
+            ctx.mixture.reweigh(self.factors.update(shuffle=ctx.rng if self.is_shuffled else None))
+            changed = ctx.mixture.weights != before
         factors, losses = self.factors.factors, self.factors.losses
         for key, source in ctx.mixture.ids.items():
             name = metric_name(key)
             ctx.log(f"source_weight_{name}", factors.get(source, 1.0))
             ctx.log(f"source_loss_{name}", losses.get(source, math.nan))
             ctx.log(f"source_signal_{name}", self.factors.signals.get(source, 0.0))
-        return False
-
-    def after_step(self, ctx: StepContext) -> bool:
-        if self.tokens - self.updated_at < self.interval_tokens:
-            return False
-        assert ctx.mixture is not None
-        self.updated_at = self.tokens
-        before = dict(ctx.mixture.weights)
-        ctx.mixture.reweigh(self.factors.update(shuffle=ctx.rng if self.is_shuffled else None))
-        return ctx.mixture.weights != before
+        return changed
 
     def state_dict(self) -> dict[str, Any]:
         return {
