@@ -193,8 +193,12 @@ def _open_stores(
     directory: Path,
 ) -> dict[str, ShardStore]:
     options = config.stream
-    if options.spool_max_mb == 0:
-        return {spec.key: MemoryStore(documents=options.source_prefetch) for spec in specs}
+    stores: dict[str, ShardStore] = {
+        spec.key: MemoryStore(documents=options.source_prefetch) for spec in specs
+    }
+    specs = [spec for spec in specs if spec.kind in NETWORK_KINDS]  # own files have no outage
+    if options.spool_max_mb == 0 or not specs:
+        return stores
     decided: dict[str, JSON] = {
         "format": SPOOL_FORMAT,
         "tokenizer": tokenizer.sha256,
@@ -222,7 +226,9 @@ def _open_stores(
     for path in paths.values():
         path.mkdir(parents=True, exist_ok=True)
         _forget_old_beginning(path)
-    return {key: SpoolStore(path, max_bytes=limit // len(specs)) for key, path in paths.items()}
+    for key, path in paths.items():
+        stores[key] = SpoolStore(path, max_bytes=limit // len(specs))
+    return stores
 
 
 def _forget_old_beginning(path: Path) -> None:

@@ -24,6 +24,8 @@ from training.sources.base import JSON, DocumentSource, SourceError, SourceExhau
 FIRST_SHARD_DOCUMENTS = 16
 IDLE_S = 0.5  # how long an idle thread sleeps at most before it looks again
 POLL_S = 0.05
+# How long a reader that is a shard ahead rests, in times of its work: training needs the cores.
+REST = 3.0
 CLOSE_S = 3.0  # how long the end of a run waits for a read
 
 
@@ -88,6 +90,7 @@ class SourceReader:
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
         self._number = 0
+        self._released = 0  # the shard that the stream reads
         self._snapshot = first_snapshot()
         self._source_at: dict[str, JSON] | None = None  # snapshot at which source and window stand
         self._builder: ShardBuilder | None = None
@@ -99,6 +102,7 @@ class SourceReader:
         """Make the shards from `number` on, which begins at `snapshot`."""
         with self._changed:
             self._request = (number, snapshot)
+            self._released = number
             self.failure = None
             self._changed.notify_all()
 
@@ -140,6 +144,7 @@ class SourceReader:
         """Shards before `number` will not be asked for again."""
         self.store.release(number)
         with self._changed:
+            self._released = number
             self._changed.notify_all()
 
     def step(self) -> float:
@@ -186,7 +191,10 @@ class SourceReader:
     def _run(self) -> None:
         try:
             while not self._stopping:
+                started = time.perf_counter()
                 pause = self.step()
+                if pause == 0.0 and self._number > self._released + 1:
+                    pause = REST * (time.perf_counter() - started)
                 with self._changed:
                     if pause > 0.0 and self._request is None and not self._stopping:
                         self._changed.wait(min(pause, IDLE_S))

@@ -30,13 +30,15 @@ def flags(folder, directory, *more):
     return tiny_flags(
         directory, "--data-backend", "local", "--local-path", str(folder), "--steps", "24",
         "--near-dedup-window", "0", "--source-read-timeout-sec", "60",
-        "--stream-shuffle-buffer", "16", "--eval-interval", "0", *more,
+        "--stream-shuffle-buffer", "16", "--eval-interval", "0", "--bootstrap-seed-batches", "0",
+        *more,
     )  # fmt: skip
 
 
 def test_stopped_runs_with_other_workers_and_another_spool_end_at_the_same_bits(
     folder, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("training.open_stream.NETWORK_KINDS", ("local",))
     monkeypatch.setattr("training.build.SPOOL", tmp_path / "spool-1")
     train(flags(folder, tmp_path / "whole", "--num-workers", "0"))
     for step, workers, spool in ((5, "2", "64"), (6, "0", "0"), (17, "1", "64"), (24, "4", "64")):

@@ -49,6 +49,7 @@ def opened(folder, spool, *more):
     config = parse_args(
         ["--data-backend", "local", "--local-path", str(folder), "--seq-len", "64",
          "--batch-size", "2", "--source-read-timeout-sec", "60", "--stream-shuffle-buffer", "40",
+         "--bootstrap-seed-batches", "0",
          *more]
     )  # fmt: skip
     return open_stream(config, tokenizer=TOKENIZER, corpus=CORPUS, spool_directory=spool)
@@ -64,8 +65,9 @@ def expected(folder, tmp_path_factory):
 
 @pytest.mark.parametrize(("workers", "spool_mb"), [(0, 64), (1, 0), (4, 64)])
 def test_files_give_the_same_tokens_however_they_are_read(
-    folder, tmp_path, expected, workers, spool_mb
+    folder, tmp_path, expected, workers, spool_mb, monkeypatch
 ):
+    monkeypatch.setattr("training.open_stream.NETWORK_KINDS", ("local",))  # as if they were far
     flags = ("--num-workers", str(workers), "--spool-max-mb", str(spool_mb))
     for _ in range(2):  # the second time from the spool, if there is one
         stream = opened(folder, tmp_path, *flags)
@@ -163,7 +165,15 @@ def test_old_spools_make_room_and_the_ones_in_use_stay(tmp_path):
     prune_spool(tmp_path / "none", keep=set(), max_bytes=0)
 
 
-def test_a_new_run_does_not_begin_with_an_old_spool(folder, tmp_path):
+def test_own_files_need_no_spool(folder, tmp_path):
+    stream = opened(folder, tmp_path)
+    take(stream, 30)
+    stream.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_run_does_not_begin_with_an_old_spool(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.open_stream.NETWORK_KINDS", ("local",))
     stream = opened(folder, tmp_path)
     take(stream, 30)
     stream.close()

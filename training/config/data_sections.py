@@ -87,7 +87,7 @@ class StreamConfig:
         minimum=1,
     )
     spool_max_mb: int = flag(
-        1024, "Disk for tokenized text that outlives outages; 0 = memory only.", minimum=0
+        1024, "Disk for text of the network, tokenized ahead; 0 = memory only.", minimum=0
     )
     dedup_window_size: int = flag(
         65536, "Number of recent document hashes kept for deduplication.", minimum=0, maximum=2**28
