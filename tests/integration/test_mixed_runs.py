@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 def flags(folder, directory, *more):
     return tiny_flags(
-        directory, "--data-backend", "local", "--local-path", str(folder), "--steps", "24",
+        directory, "--data-backend", "local", "--local-path", str(folder), "--steps", "16",
         "--near-dedup-window", "0", "--source-read-timeout-sec", "60",
         "--stream-shuffle-buffer", "16", "--eval-interval", "0", "--bootstrap-seed-batches", "0",
         *more,
@@ -41,7 +41,7 @@ def test_stopped_runs_with_other_workers_and_another_spool_end_at_the_same_bits(
     monkeypatch.setattr("training.open_stream.NETWORK_KINDS", ("local",))
     monkeypatch.setattr("training.build.SPOOL", tmp_path / "spool-1")
     train(flags(folder, tmp_path / "whole", "--num-workers", "0"))
-    for step, workers, spool in ((5, "2", "64"), (6, "0", "0"), (17, "1", "64"), (24, "4", "64")):
+    for step, workers, spool in ((3, "2", "64"), (4, "0", "0"), (11, "1", "64"), (16, "4", "64")):
         monkeypatch.setattr("training.build.SPOOL", tmp_path / f"spool-{step}")
         arguments = flags(
             folder, tmp_path / "parts", "--num-workers", workers, "--spool-max-mb", spool
