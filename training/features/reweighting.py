@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,8 +123,9 @@ def source_losses(model: nn.Module, batch: Batch, *, sources: set[int]) -> dict[
         for source in sorted(sources & set(batch.source_ids.unique().tolist())):
             labels = torch.where(batch.source_ids == source, batch.labels, IGNORED)
             if bool((labels != IGNORED).any()):
+                weight = cast(Tensor, model.head_weight)
                 losses[source] = linear_cross_entropy(
-                    outputs.hidden.flatten(0, 1), model.head_weight, labels.flatten()
+                    outputs.hidden.flatten(0, 1), weight, labels.flatten()
                 )
     model.train(was_training)
     return {source: float(loss) for source, loss in losses.items()}
