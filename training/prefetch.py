@@ -106,10 +106,14 @@ class SourceReader:
             self.failure = None
             self._changed.notify_all()
 
-    def take(self, number: int, *, before: str, wait_s: float) -> Shard | None:
-        """Shard `number`, waiting at most `wait_s`; None at once when the source is failing."""
+    def take(
+        self, number: int, *, before: str, wait_s: float, failing_wait_s: float = 0.0
+    ) -> Shard | None:
+        """Shard `number`, waiting at most `wait_s`, or `failing_wait_s` while the circuit is open:
+        a source that is known to fail is not worth a long wait."""
         self.start()
-        deadline = self._now() + wait_s
+        begin = self._now()
+        deadline = begin + wait_s
         while True:
             if self._crash is not None:
                 raise RuntimeError(f"the reader of source {self.key} failed") from self._crash
@@ -118,7 +122,8 @@ class SourceReader:
                 return shard
             pause = IDLE_S if self._threaded else self.step()
             left = deadline - self._now()
-            if left <= 0.0 or self.breaker.is_open:
+            failing = self.breaker.is_open and self._now() - begin >= failing_wait_s
+            if left <= 0.0 or failing:
                 return self.store.load(number, before=before)
             if self._threaded:
                 with self._changed:

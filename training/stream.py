@@ -308,7 +308,10 @@ class MixedStream:
         if shard is None and reader.has_made(cursor.number):
             reader.seek(cursor.number, cursor.start)
         if shard is None:
-            shard = reader.take(cursor.number, before=before, wait_s=wait_s)
+            patience = min(wait_s, self._settings.read_timeout_s)
+            shard = reader.take(
+                cursor.number, before=before, wait_s=wait_s, failing_wait_s=patience
+            )
         self.wait_s += self._now() - started
         if shard is not None:
             self._shards[key] = shard
