@@ -85,7 +85,8 @@ def _sentences(report: dict[str, Any]) -> str:
     lines += [f"share {share:6.1%}  {name}" for name, share in report["share"].items()]
     for key, source in report.get("sources", {}).items():
         left_out = ", ".join(f"{reason} {count}" for reason, count in source["rejected"].items())
-        state = source["ended"] or ("stalled" if source["stalled"] else "delivers")
+        working = "delivers" if source["documents_read"] else "has had no turn yet"
+        state = source["ended"] or ("stalled" if source["stalled"] else working)
         lines.append(
             f"source {key}: {state}; {source['documents_read']:,} documents read, left out: "
             f"{left_out or 'none'}"
