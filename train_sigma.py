@@ -72,6 +72,10 @@ def dispatch(config: SigmaConfig) -> int:
             from training.modes import doctor
 
             return doctor.run(config)
+        case "data":
+            from training.modes import data
+
+            return data.run(config)
         case "eval":
             from training.modes import evaluate
 

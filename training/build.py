@@ -16,6 +16,7 @@ from torch import nn
 
 from model.generation import generate
 from model.sigma_llm import SigmaLLM
+from training.batch import BatchStream
 from training.config.cli import load_json, write_resolved
 from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import TokenCorpus, TokenStream, tokenize_corpus, validation_batches
@@ -26,6 +27,7 @@ from training.hidden_eval import choose_questions, read_manifest
 from training.hidden_process import HiddenEvalProcess, program_command
 from training.integrity_guards import IntegrityGuards, SourceGuard, check_steps
 from training.micro_batch import MicroBatchPlan
+from training.open_stream import deciding_flags, open_stream
 from training.optimizer import OptimizerSet
 from training.optimizer import build_optimizer as optimizer_for
 from training.run_services import RunServices
@@ -54,9 +56,11 @@ from training.runtime.ui import RunDisplay
 from training.runtime.watchdog import HangWatchdog
 from training.sigma_trainer import SigmaTrainer
 from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte
+from training.sources.registry import source_specs
 from training.tokenizer import Tokenizer
 
 TOKEN_CACHE = CACHE_DIRECTORY / "tokens"
+SPOOL = CACHE_DIRECTORY / "spool"
 EVAL_BATCH_TOKENS = 8192
 
 
@@ -68,7 +72,15 @@ def build_corpus(config: SigmaConfig, tokenizer: Tokenizer) -> TokenCorpus:
     return tokenize_corpus(EmbeddedCorpus(), tokenizer, cache_dir=TOKEN_CACHE)
 
 
-def build_stream(config: SigmaConfig, corpus: TokenCorpus) -> TokenStream:
+def build_stream(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) -> BatchStream:
+    """The stream of `--data-backend`; other backends than embedded ask their sources here."""
+    if config.stream.data_backend != "embedded" or source_specs(config.stream, seed=0):
+        return open_stream(config, tokenizer=tokenizer, corpus=corpus, spool_directory=SPOOL)
+    if config.adaptive.enable_adaptive_sources:
+        raise ConfigError(
+            "--aux-enable-adaptive-sources needs sources to choose from: use --data-backend "
+            "local, hf, commoncrawl or hybrid"
+        )
     return TokenStream(
         corpus,
         seed=config.run.seed,
@@ -168,7 +180,7 @@ def resume_fingerprint(
         "tokenizer-name": tokenizer.sha256,
     }
     flags = {f"--{name.replace('_', '-')}": str(value) for name, value in (model | own).items()}
-    return flags | {"corpus": corpus.fingerprint, "state schema": "2"}
+    return flags | deciding_flags(config) | {"corpus": corpus.fingerprint, "state schema": "2"}
 
 
 def build_trainer(
@@ -224,7 +236,7 @@ def build_trainer(
         config,
         model=model,
         optimizer=build_optimizer(config, model),
-        stream=build_stream(config, corpus),
+        stream=build_stream(config, tokenizer, corpus),
         features=feature_set,
         services=services,
         device=device,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.data import Batch
+from training.batch import Batch
+from training.mixture import Mixture
 
 Metric = float | Tensor | Callable[[], float | Tensor]
 
@@ -31,6 +32,7 @@ class StepContext:
     train_loss: mean LM loss of the micro-batches so far, in nats per token.
     grad_norm: global gradient norm before clipping, set by the update.
     optimizer: what `update` will step.
+    mixture: the draws between the stream's sources; None when it has but one text.
     rng: generator of the feature that is being called, derived from the seed and its name.
     """
 
@@ -38,6 +40,7 @@ class StepContext:
     total_steps: int
     model: nn.Module
     optimizer: Any
+    mixture: Mixture | None = None
     rng: torch.Generator | None = None
     micro: int = 0
     batch: Batch | None = None

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from training.batch import IGNORED_LABEL, Batch, to_batch
 from training.sources.base import (
     SOURCE_IDS,
     Document,
@@ -32,20 +31,8 @@ from training.token_cache import read_token_file, write_token_file
 from training.tokenizer import Tokenizer
 
 STATE_FORMAT = 1
-IGNORED_LABEL = -100
 _CACHE_LAYOUT = 2  # part of the cache's name: raise it when order or tokenization change
 _DOCUMENTS_PER_CALL = 512  # bounds the memory of one tokenizer call
-
-
-@dataclass(slots=True, kw_only=True)
-class Batch:
-    """B rows of T tokens. `source_ids` names the source of each input token's document."""
-
-    input_ids: Tensor  # (B, T) int64
-    labels: Tensor  # (B, T) int64; the next token, -100 where there is none
-    reset_mask: Tensor  # (B, T) bool; True on the <|endoftext|> that opens a document
-    source_ids: Tensor  # (B, T) int16; keys of SOURCE_IDS
-    num_bytes: int  # UTF-8 bytes of all labels that count
 
 
 @dataclass(slots=True, kw_only=True)
@@ -187,20 +174,33 @@ class TokenStream:
         self._prepared_epoch = -1
 
     def next_batch(self) -> Batch:
-        """The next `batch_size` windows; a batch may span the end of an epoch."""
+        """The next `batch_size` windows; a batch may span the end of an epoch.
+
+        A call that fails, for want of memory say, leaves the position as it was.
+        """
+        place = (self.epoch, self.window)
+        try:
+            batch, sources = self._read_batch()
+        except BaseException:
+            self.epoch, self.window = place
+            raise
+        for source, count in zip(*np.unique(sources, return_counts=True)):
+            self._served[int(source)] += int(count)
+        return batch
+
+    def _read_batch(self) -> tuple[Batch, NDArray[np.int16]]:
         tokens = np.empty((self.batch_size, self.seq_len + 1), dtype=np.int64)
         sources = np.empty((self.batch_size, self.seq_len), dtype=np.int16)
         for row in range(self.batch_size):
             tokens[row], sources[row] = self._read_window()
-        for source, count in zip(*np.unique(sources, return_counts=True)):
-            self._served[int(source)] += int(count)
-        return _to_batch(
+        batch = to_batch(
             tokens[:, :-1],
             tokens[:, 1:],
             sources,
             end_id=self._corpus.end_id,
             byte_lengths=self._corpus.byte_lengths,
         )
+        return batch, sources
 
     @property
     def served_tokens(self) -> dict[str, int]:
@@ -216,6 +216,22 @@ class TokenStream:
             "window": self.window,
             "served_tokens": self.served_tokens,
         }
+
+    @property
+    def mixture(self) -> None:
+        return None
+
+    def position(self) -> dict[str, Any]:
+        return self.state_dict()
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def take_messages(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position; ValueError names what differs in another stream's."""
@@ -362,30 +378,10 @@ def _consecutive(
         places = np.searchsorted(split.starts, np.arange(start, start + kept), side="right") - 1
         sources[:kept] = split.source_ids[places]
         shape = (rows, seq_len)
-        yield _to_batch(
+        yield to_batch(
             inputs.reshape(shape),
             labels.reshape(shape),
             sources.reshape(shape),
             end_id=end_id,
             byte_lengths=byte_lengths,
         )
-
-
-def _to_batch(
-    inputs: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    sources: NDArray[np.int16],
-    *,
-    end_id: int,
-    byte_lengths: NDArray[np.int32],
-) -> Batch:
-    counted = labels[labels != IGNORED_LABEL]
-    input_ids = torch.from_numpy(np.ascontiguousarray(inputs))
-    return Batch(
-        input_ids=input_ids,
-        labels=torch.from_numpy(np.ascontiguousarray(labels)),
-        # Text never encodes to end_id, so wherever it stands, a document opens (or padding begins).
-        reset_mask=input_ids == end_id,
-        source_ids=torch.from_numpy(np.ascontiguousarray(sources)),
-        num_bytes=int(byte_lengths[counted].sum(dtype=np.int64)),
-    )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from training.data import Batch
+from training.batch import Batch, BatchStream
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +50,60 @@ class MicroBatchPlan:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.split = state["split"]
+
+
+class StepRows:
+    """The rows of one step, cut into micro-batches, kept until the step is over.
+
+    A replayed step is served from what was drawn already, so the stream is asked for whole batches
+    only and never has to go back.
+    """
+
+    def __init__(self, stream: BatchStream) -> None:
+        self._stream = stream
+        self._drawn: list[Batch] = []
+        self._place = 0  # rows served of this step
+        self._position: dict[str, Any] = {}
+
+    def position(self) -> dict[str, Any]:
+        """Where in the stream this step's rows begin."""
+        if not self._drawn:
+            self._position = self._stream.position()
+        return self._position
+
+    def take(self, rows: int) -> Batch:
+        """The next `rows` rows, a divisor of the stream's batch size."""
+        number, first = self._place, 0
+        for batch in self._drawn:
+            if number < len(batch.input_ids):
+                break
+            number -= len(batch.input_ids)
+            first += 1
+        if first == len(self._drawn):
+            self._drawn.append(self._next_batch())
+        self._place += rows
+        return self._drawn[first].part(number, number + rows)
+
+    def _next_batch(self) -> Batch:
+        try:
+            return self._stream.next_batch()
+        except (RuntimeError, MemoryError) as error:
+            # Only a stream of one text is sure to stand where it stood.
+            if self._stream.mixture is None or not is_out_of_memory(error):
+                raise
+            raise RuntimeError(
+                "no memory for the next batch: lower --source-prefetch or --prefetch-factor; the "
+                "same command resumes from the last checkpoint"
+            ) from error
+
+    def rewind(self) -> None:
+        """Serve the step's rows again from the first."""
+        self._place = 0
+
+    def clear(self) -> None:
+        """The step is over."""
+        self._drawn.clear()
+        self._place = 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

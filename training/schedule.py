@@ -28,3 +28,8 @@ def learning_rate_factor(
 def weight_decay_factor(step: int, *, total_steps: int) -> float:
     """1 in the first half of the run, 0 in the second."""
     return 1.0 if step * 2 <= total_steps else 0.0
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps (0 = never) happens at this one."""
+    return interval > 0 and step % interval == 0

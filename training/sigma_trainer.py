@@ -15,11 +15,11 @@ import psutil
 import torch
 from torch import nn
 
+from training.batch import BatchStream
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
-from training.data import TokenStream
 from training.features.base import FeatureSet
-from training.micro_batch import is_out_of_memory, move_batch
+from training.micro_batch import StepRows, is_out_of_memory, move_batch
 from training.nonfinite import NonFiniteGuard, Verdict, state_is_finite
 from training.optimizer import OptimizerSet
 from training.run_services import RunServices
@@ -31,7 +31,7 @@ from training.runtime.memory_guard import MemoryLimitReached, Relief, clear_cach
 from training.runtime.rng_state import capture_rng_state, restore_rng_state
 from training.runtime.run_state import join_run_state
 from training.runtime.signals import StopRequest
-from training.schedule import learning_rate_factor, weight_decay_factor
+from training.schedule import is_due, learning_rate_factor, weight_decay_factor
 
 
 class SigmaTrainer:
@@ -43,7 +43,7 @@ class SigmaTrainer:
         *,
         model: nn.Module,
         optimizer: OptimizerSet,
-        stream: TokenStream,
+        stream: BatchStream,
         features: FeatureSet,
         services: RunServices,
         device: torch.device,
@@ -52,6 +52,7 @@ class SigmaTrainer:
         self.model = model
         self.optimizer = optimizer
         self.stream = stream
+        self.rows = StepRows(stream)
         self.features = features
         self.services = services
         self.device = device
@@ -89,9 +90,11 @@ class SigmaTrainer:
     def attempt_step(self) -> StepContext | None:
         """`train_step`, or None after a step without memory: it is replayed with less at once."""
         self._updating = False
-        before = (self.stream.state_dict(), capture_rng_state(), self.features.remember())
+        before = (capture_rng_state(), self.features.remember())
         try:
-            return self.train_step()
+            ctx = self.train_step()
+            self.rows.clear()
+            return ctx
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -106,12 +109,12 @@ class SigmaTrainer:
         """One optimizer step; None when its update had to be skipped."""
         ctx = self.begin_step()
         accumulation = self.plan.num_micro_batches
-        position = self.stream.state_dict()
+        position = self.rows.position()
         with self.model.weights_held():
             for micro in range(accumulation):
                 ctx.micro = micro
                 with self.clock("data"):
-                    ctx.batch = move_batch(self.stream.next_batch(), self.device)
+                    ctx.batch = move_batch(self.rows.take(self.plan.rows), self.device)
                 with self.clock("features"):
                     self.features.run("on_batch", ctx)
                 with self.clock("forward"):
@@ -131,7 +134,6 @@ class SigmaTrainer:
 
     def begin_step(self) -> StepContext:
         step = self.step + 1
-        self.stream.batch_size = self.plan.rows
         optim, total = self.config.optim, self.config.run.steps
         factor = learning_rate_factor(
             step,
@@ -146,6 +148,7 @@ class SigmaTrainer:
         self.clock.reset()
         self.clock.synchronize_edges = self._is_log_step(step)
         ctx = StepContext(step=step, total_steps=total, model=self.model, optimizer=self.optimizer)
+        ctx.mixture = self.stream.mixture
         ctx.log("lr", optim.lr * factor)
         return ctx
 
@@ -262,17 +265,20 @@ class SigmaTrainer:
             return
         recorder.observe(ctx)
         self.services.audit.observe(self.step, self.model)
+        for message in self.stream.take_messages():
+            recorder.display.message(message)
         extra: dict[str, Any] = {"eval_loss": None, "eval_bpb": None}
-        if last or _due(self.step, evaluation.eval_interval):
+        if last or is_due(self.step, evaluation.eval_interval):
             result = self.services.evaluate(self.model)
             extra = {"eval_loss": result.loss, "eval_bpb": result.bpb}
-        if last or _due(self.step, evaluation.sample_interval):
+        if last or is_due(self.step, evaluation.sample_interval):
             recorder.write_sample(self.step, self.services.sample(self.model))
         if self._is_log_step(self.step) or extra["eval_bpb"] is not None:
             extra |= {
                 **self.model.metrics(),
                 **self.features.metrics(),
                 **self.services.audit.metrics(),
+                **self.stream.metrics(),
                 "checkpoint_step": self.services.store.last_saved_step,
                 "checkpoint_save_s": self.services.store.last_save_seconds,
                 "steps_skipped": len(self.guard.skipped),
@@ -308,9 +314,7 @@ class SigmaTrainer:
         data = "the same data: the weights were not finite" if restored else "new data"
         display.message(f"step {step} failed: back to step {self.step}, on {data}")
 
-    def _replay_smaller(
-        self, position: dict[str, Any], rng: dict[str, Any], features: list[Any]
-    ) -> None:
+    def _replay_smaller(self, rng: dict[str, Any], features: list[Any]) -> None:
         """Undo the step that found no memory, so that it comes again with half the rows."""
         step, split = self.step + 1, 2 * self.plan.split
         self.optimizer.zero_grad()
@@ -320,9 +324,10 @@ class SigmaTrainer:
             # Weights or moments may be half way: only a checkpoint knows them as they were.
             if self.services.scaler.is_enabled():
                 self.services.scaler.update(self.services.scaler.get_scale())
+            self.rows.clear()
             self._go_back(f"step {step} ran out of memory in its update", keep_position=False)
         else:
-            self.stream.load_state_dict(position)
+            self.rows.rewind()
             restore_rng_state(rng)
             self.features.rewind(features)
         self.plan.split = split
@@ -383,13 +388,10 @@ class SigmaTrainer:
         self.features.close()
         try:
             self.services.audit.close()
+            self.stream.close()
             self.services.store.close()
         finally:
             self.services.recorder.close()
 
     def _is_log_step(self, step: int) -> bool:
-        return step == self.config.run.steps or _due(step, self.config.run.log_interval)
-
-
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+        return step == self.config.run.steps or is_due(step, self.config.run.log_interval)

@@ -10,6 +10,8 @@ import json
 import pytest
 import torch
 
+import training.data
+import training.sigma_trainer
 from tests.integration.runs import differences, metrics_rows, newest_checkpoint, tiny_flags
 from training.build import build_trainer
 from training.config.cli import parse_args
@@ -22,7 +24,7 @@ FLAGS = (
     "--dropout", "0.1", "--router-jitter-noise", "0.05", "--eval-interval", "0",
     "--ema-start-fraction", "0.3",
 )  # fmt: skip
-BEFORE_UPDATE = ("data", "on_batch", "forward", "on_losses", "backward", "before_optim")
+BEFORE_UPDATE = ("data", "move", "on_batch", "forward", "on_losses", "backward", "before_optim")
 IN_UPDATE = ("clip", "optimizer", "after_optimizer_step", "after_step")
 
 
@@ -89,7 +91,17 @@ def run_with_failure(directory, phase, step, monkeypatch, *, flags=FLAGS):
         return trainer.step == step - 1
 
     if phase == "data":
-        fail_once(trainer.stream, "next_batch", when)
+        with monkeypatch.context() as patch:
+            patch.setattr(training.data, "to_batch", training.data.to_batch)
+            fail_once(training.data, "to_batch", when)
+            trainer.fit()
+        return trainer
+    elif phase == "move":
+        with monkeypatch.context() as patch:
+            patch.setattr(training.sigma_trainer, "move_batch", training.sigma_trainer.move_batch)
+            fail_once(training.sigma_trainer, "move_batch", when)
+            trainer.fit()
+        return trainer
     elif phase == "forward":
         fail_once(trainer, "forward", when)
     elif phase == "clip":
@@ -192,7 +204,7 @@ def test_what_is_not_undone_is_noticed(tmp_path, monkeypatch, broken, split_from
     """Negative control: the comparison sees each part of the replay that is left out."""
     target = {
         "rng": "training.sigma_trainer.restore_rng_state",
-        "stream": "training.data.TokenStream.load_state_dict",
+        "stream": "training.micro_batch.StepRows.rewind",
         "features": "training.features.base.FeatureSet.rewind",
         "model": "model.sigma_llm.SigmaTrunk.discard_step",
     }[broken]

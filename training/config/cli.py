@@ -12,6 +12,7 @@ import functools
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,7 +82,8 @@ def to_args(config: SigmaConfig) -> str:
 
 
 def write_resolved(config: SigmaConfig, directory: Path) -> None:
-    """Write `config.json` and `resolved_args.txt`, each replaced as a whole."""
+    """Write `config.json` and `resolved_args.txt`, each replaced as a whole, without the token."""
+    config = replace(config, stream=replace(config.stream, hf_token=""))
     directory.mkdir(parents=True, exist_ok=True)
     _replace_file(directory / "config.json", to_json(config))
     _replace_file(directory / "resolved_args.txt", to_args(config))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from model.config import DISPATCH_MODES, GATE_PRECISIONS, QUANT_MODES, RESIDUAL_LAYOUTS
 from training.config.fields import ConfigError, flag
 
-MODES = ("train", "plan", "doctor", "eval", "generate", "report", "support")
+MODES = ("train", "plan", "doctor", "data", "eval", "generate", "report", "support")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class RunConfig:
     save_interval: int = flag(100, "Save a checkpoint every N steps.", minimum=1)
     max_checkpoints: int = flag(5, "Number of newest valid checkpoints kept.", minimum=2)
     no_resume: bool = flag(False, "Start fresh instead of resuming the newest valid checkpoint.")
-    json: bool = flag(False, "Print the result of plan, doctor, eval or generate as JSON.")
+    json: bool = flag(False, "Print the result of plan, doctor, data, eval or generate as JSON.")
     self_check: bool = flag(
         False, "With --mode doctor: examine the program itself, as after packing it."
     )

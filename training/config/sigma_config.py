@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, fields
 
 from model.config import SigmaModelConfig
+from training.config.data_sections import AdaptiveConfig, StreamConfig
 from training.config.fields import ConfigError, iter_flags, section
 from training.config.sections import (
     CurriculumConfig,
@@ -36,6 +37,7 @@ class SigmaConfig:
 
     run: RunConfig = section(RunConfig, title="Run and device")
     data: DataConfig = section(DataConfig, title="Tokenizer and batch")
+    stream: StreamConfig = section(StreamConfig, title="Data stream")
     model: ModelConfig = section(ModelConfig, title="Model")
     optim: OptimConfig = section(OptimConfig, title="Optimizer and schedule")
     eval: EvalConfig = section(EvalConfig, title="Evaluation and samples while training")
@@ -45,6 +47,9 @@ class SigmaConfig:
         CurriculumConfig, title="Sequence-length curriculum", prefix="curriculum"
     )
     integrity: IntegrityConfig = section(IntegrityConfig, title="Integrity and audit")
+    adaptive: AdaptiveConfig = section(
+        AdaptiveConfig, title="Adaptive mixture of sources", prefix="aux"
+    )
     generate: GenerateConfig = section(GenerateConfig, title="Evaluating and generating")
 
     def model_config(self, vocab_size: int) -> SigmaModelConfig:
@@ -59,6 +64,7 @@ class SigmaConfig:
             setattr(part, flag.field, flag.check(getattr(part, flag.field)))
         self._validate_run()
         self._validate_curriculum()
+        self._validate_adaptive()
         try:
             self.model_config(vocab_size=SigmaModelConfig().vocab_size).validate()
         except ValueError as error:
@@ -87,4 +93,19 @@ class SigmaConfig:
                 f"--curriculum-phases with {len(boundaries)} values cut rows to seq_len/{divisor}: "
                 f"--seq-len must be a multiple of {divisor} of at least {2 * divisor}, "
                 f"not {seq_len}"
+            )
+
+    def _validate_adaptive(self) -> None:
+        adaptive = self.adaptive
+        if adaptive.adaptive_min_weight > adaptive.adaptive_max_weight:
+            raise ConfigError(
+                f"--aux-adaptive-min-weight {adaptive.adaptive_min_weight:g} must not exceed "
+                f"--aux-adaptive-max-weight {adaptive.adaptive_max_weight:g}"
+            )
+        if not adaptive.enable_adaptive_sources:
+            return
+        if adaptive.adaptive_signal == "excess" and not adaptive.adaptive_reference:
+            raise ConfigError(
+                "--aux-adaptive-signal excess needs --aux-adaptive-reference, the checkpoint "
+                "directory of a trained reference model"
             )

@@ -4,5 +4,11 @@ from training.features.base import Feature
 from training.features.curriculum import CurriculumFeature
 from training.features.diff_mla import DiffMlaFeature
 from training.features.ema import EmaFeature
+from training.features.reweighting import AdaptiveSourcesFeature
 
-FEATURES: tuple[type[Feature], ...] = (CurriculumFeature, DiffMlaFeature, EmaFeature)
+FEATURES: tuple[type[Feature], ...] = (
+    AdaptiveSourcesFeature,
+    CurriculumFeature,
+    DiffMlaFeature,
+    EmaFeature,
+)

@@ -34,6 +34,9 @@ FITTING = {
     "model.diff_attention_lambda_max": st.floats(1.0, 9.0),
     "model.engram_orders": st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
     "model.engram_layers": st.lists(st.integers(0, 1), max_size=3).map(tuple),
+    "adaptive.adaptive_min_weight": st.floats(0.01, 1.0),
+    "adaptive.adaptive_max_weight": st.floats(1.0, 9.0),
+    "adaptive.adaptive_signal": st.sampled_from(["progress", "raw"]),
     "curriculum.phases": st.lists(FRACTION, min_size=1, max_size=4, unique=True).map(
         lambda values: ",".join(map(repr, sorted(values)))
     ),

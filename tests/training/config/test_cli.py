@@ -63,6 +63,7 @@ def test_every_flag_is_taken_from_the_command_line(flag):
             "--engram-orders": (2, 5),
             "--engram-layers": (0, 3),
             "--curriculum-phases": "0.5",
+            "--commoncrawl-parallel-files": 8,
         }
         fallback = f"{flag.default}x" if flag.kind == "str" else flag.default
         if flag.kind == "int":

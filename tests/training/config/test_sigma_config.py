@@ -28,9 +28,14 @@ DEVIATIONS = {
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
     ("--residual-layout", "default"): ("standard", "FLAGS.md leaves it to measurement"),
     ("--mode", "type"): (
-        "{train,plan,doctor,eval,generate,report,support}",
-        "data, chat, export, watch do not exist yet",
+        "{train,plan,doctor,data,eval,generate,report,support}",
+        "chat, export, watch do not exist yet",
     ),
+    ("--data-backend", "type"): (
+        "{embedded,local,hf,commoncrawl,hybrid}",
+        "the shipped text and own files are backends too",
+    ),
+    ("--data-backend", "default"): ("embedded", "no network use that nobody asked for"),
 }
 # Flags that FLAGS.md does not name, each with its effect in this program.
 ADDED = {
@@ -41,8 +46,11 @@ ADDED = {
     "--eval-tokens", "--sample-interval", "--sample-prompt", "--sample-tokens", "--ema-enabled",
     "--ema-decay", "--ema-start-fraction", "--curriculum-enabled", "--curriculum-phases",
     "--memory-soft-limit", "--memory-hard-limit", "--hang-timeout-sec", "--supervised",
-    "--kernel-backend", "--eval-file", "--prompt", "--max-new-tokens", "--temperature", "--top-k",
-    "--weights", "--hidden", "--self-check",
+    "--aux-adaptive-shuffled", "--contamination-check", "--eval-file", "--hidden",
+    "--kernel-backend", "--language-model", "--languages", "--local-path", "--local-ratio",
+    "--max-new-tokens", "--mix-strategy", "--near-dedup-window", "--pdf-path", "--preview-batches",
+    "--prompt", "--quality-filter", "--self-check", "--source-list", "--source-max-epochs",
+    "--spool-max-mb", "--temperature", "--top-k", "--weights",
 }  # fmt: skip
 
 
