@@ -35,20 +35,26 @@ STARTS = 5
 PROGRAM = "/lab/build/dist/eco_train/eco_train.exe"
 QUICKSTART = "@profiles/quickstart.txt"
 CPU = ("--device", "cpu", "--no-require-cuda")
-# Ctrl+Break is what one Windows process can send another; the driver gives the run a group of its
-# own, waits until a row of metrics is there, sends it, and passes the exit code on.
-BREAK_DRIVER = """\
-import os, pathlib, signal, subprocess, sys, time
+# Sends Ctrl+C as a console does, to every process in it, once the run has written a row of metrics;
+# without a console of its own the driver has none to send it in. Passes the exit code on.
+CTRL_C_DRIVER = """\
+import ctypes, pathlib, subprocess, sys, time
 program, metrics, *rest = sys.argv[1:]
-run = subprocess.Popen([program, *rest], creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
-deadline = time.monotonic() + 300
+kernel32 = ctypes.windll.kernel32
+kernel32.FreeConsole()
+kernel32.AllocConsole()
+streams = dict(stdin=subprocess.DEVNULL, stdout=sys.stdout, stderr=subprocess.STDOUT)
+run = subprocess.Popen([program, *rest], **streams)
+kernel32.SetConsoleCtrlHandler(None, True)
+deadline = time.monotonic() + 1800
+path = pathlib.Path(metrics)
 while run.poll() is None and time.monotonic() < deadline:
-    path = pathlib.Path(metrics)
-    if path.is_file() and path.stat().st_size:
+    if path.is_file() and path.read_bytes().count(b"\\n") > 1:
         break
     time.sleep(0.2)
-os.kill(run.pid, signal.CTRL_BREAK_EVENT)
-sys.exit(run.wait(300))
+if not kernel32.GenerateConsoleCtrlEvent(0, 0):
+    sys.exit("Ctrl+C could not be sent")
+sys.exit(run.wait(1800))
 """
 
 
@@ -214,12 +220,12 @@ def resumes(laboratory: Laboratory, trial: Trial) -> None:
 
 
 def saves_when_interrupted(laboratory: Laboratory, trial: Trial) -> None:
-    """Ctrl+Break ends the step, saves and answers 0; the next start goes on from there."""
+    """Ctrl+C ends the step, saves and answers 0; the next start goes on from there."""
     directory = laboratory.runs / "runs/interrupted"
-    (laboratory.runs / "send_break.py").write_text(BREAK_DRIVER, encoding="utf-8")
+    (laboratory.runs / "send_ctrl_c.py").write_text(CTRL_C_DRIVER, encoding="utf-8")
     flags = ("--output-dir", "runs/interrupted", "--checkpoint-dir", "runs/interrupted/checkpoints")
     flags = (QUICKSTART, *CPU, *flags, "--steps", "400", "--log-interval", "1")
-    driver = ("/lab/python/python.exe", "send_break.py", "Z:" + PROGRAM.replace("/", "\\"))
+    driver = ("/lab/python/python.exe", "send_ctrl_c.py", "Z:" + PROGRAM.replace("/", "\\"))
     laboratory.expect(trial, *driver, "runs/interrupted/metrics.jsonl", *flags)
     stopped = last_step(directory)
     check(0 < stopped < 400, f"stopped at step {stopped}")

@@ -7,6 +7,7 @@ without prepare_frozen, in its worker too.
 
 import multiprocessing
 import os
+import secrets
 import sys
 
 from training.runtime.frozen import prepare_frozen
@@ -33,12 +34,13 @@ def kernel() -> str:
 
 
 def stub() -> str:
-    """Compile and load a C extension as Triton does for a kernel's launcher."""
+    """Compile and load a C extension as Triton does for a kernel's launcher, never from a cache."""
     from triton.runtime.build import (  # pyright: ignore[reportMissingImports]
         compile_module_from_src,
     )
 
-    return f"loaded {compile_module_from_src(STUB, 'probe_stub').__name__}"
+    source = f"/* {secrets.token_hex(8)} */\n{STUB}"
+    return f"loaded {compile_module_from_src(source, 'probe_stub').__name__}"
 
 
 def worker() -> str:
