@@ -29,7 +29,7 @@ class SigmaModelConfig:
     n_heads: int = 12
     mamba_ratio: int = 5
     attention_ratio: int = 1
-    residual_layout: str = "standard"
+    residual_layout: str = "two-stream"
     dropout: float = 0.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = True

@@ -237,7 +237,7 @@ def test_fresh_model_follows_the_global_seed_and_learns():
     ids = make_ids(2, 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         optimizer.zero_grad()
         out = model(ids, labels=ids)
         out.loss.backward()

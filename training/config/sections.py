@@ -78,7 +78,7 @@ class ModelConfig:
     n_layers: int = flag(18, "Number of blocks.", minimum=1, maximum=10**4)
     mamba_ratio: int = flag(5, "Mamba blocks per pattern period.", minimum=0, maximum=10**4)
     attention_ratio: int = flag(1, "MLA blocks per pattern period.", minimum=0, maximum=10**4)
-    residual_layout: str = flag("standard", "Residual form of a block.", choices=RESIDUAL_LAYOUTS)
+    residual_layout: str = flag("two-stream", "Residual form of a block.", choices=RESIDUAL_LAYOUTS)
     dropout: float = flag(0.0, "Dropout probability.", minimum=0.0, below=1.0)
     tie_embeddings: bool = flag(True, "Use the embedding as the LM head's weight.")
     quant_mode: str = flag(

@@ -26,7 +26,7 @@ DEVIATIONS = {
     ("--optimizer", "default"): ("muon", "until c3o exists"),
     ("--optimizer", "exe"): ("muon", "until c3o exists"),
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
-    ("--residual-layout", "default"): ("standard", "FLAGS.md leaves it to measurement"),
+    ("--residual-layout", "default"): ("two-stream", "FLAGS.md leaves it to measurement"),
     ("--mode", "type"): (
         "{train,plan,doctor,data,eval,generate,report,support}",
         "chat, export, watch do not exist yet",
