@@ -79,6 +79,19 @@ def test_assets_and_the_source_of_kernels_go_in(recipe):
     assert [path.name for path in map(Path, options["hookspath"])] == ["hooks"]
 
 
+def test_every_data_file_beside_the_code_is_packed():
+    """A file that the code reads from its own folder; forgotten, the EXE refuses to train."""
+    shipped = {
+        path.relative_to(PROJECT).as_posix()
+        for folder in ("model", "training", "evolution", "research")
+        for path in (PROJECT / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    spec = (PROJECT / "scripts/freeze/eco_train.spec").read_text(encoding="utf-8")
+    assert shipped, "the rule has lost its subject"
+    assert [path for path in shipped if path.rpartition("/")[2] not in spec] == []
+
+
 def test_profiles_lie_beside_the_program(recipe, tmp_path):
     """Not in `_internal`, where nobody looks; a double-click reads them there."""
     del recipe

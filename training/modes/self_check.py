@@ -31,6 +31,7 @@ from training.sources.embedded import ASSETS_DIRECTORY, MANIFEST_FILE
 OWN_PACKAGES = ("evolution", "model", "research", "training")
 # What a program may do without: training on a CPU needs neither.
 LEFT_OUT = ("transformers", "triton")
+QUESTIONS = ASSETS_DIRECTORY.parent / "training" / "hidden_eval_manifest.json"
 REPACK = "pack the program again: this one is not whole"
 PROBED = 80  # compute capability for which the kernels are compiled
 SPAWN_LIMIT_S = 300.0
@@ -59,6 +60,7 @@ def examine(config: SigmaConfig) -> list[Check]:
         check_own_modules(),
         *check_triton(),
         check_assets(),
+        check_questions(),
         check_worker(),
         check_output(),
         check_cache_place(caches),
@@ -211,6 +213,16 @@ def check_assets() -> Check:
         return Check(name="assets", status="fail", found=found, advice=REPACK)
     found = ", ".join(f"{name} {digest[:12]}" for name, digest in actual.items())
     return Check(name="assets", status="ok", found=found)
+
+
+def check_questions(path: Path = QUESTIONS) -> Check:
+    """The manifest of the hidden evaluation is there and can be read; what it says is not asked."""
+    try:
+        size = len(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        found = f"unreadable: {_first_line(error)}"
+        return Check(name="hidden questions", status="fail", found=found, advice=REPACK)
+    return Check(name="hidden questions", status="ok", found=f"{path.name}, {size} entries")
 
 
 def check_worker(limit_s: float = SPAWN_LIMIT_S) -> Check:

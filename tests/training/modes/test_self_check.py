@@ -225,3 +225,10 @@ def test_caches_inside_the_packed_folder_are_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "_MEIPASS", str(tmp_path / "_internal"), raising=False)
     assert self_check.check_cache_place(inside).status == "fail"
     assert self_check.check_cache_place(outside).status == "ok"
+
+
+def test_missing_or_damaged_hidden_questions_are_found(tmp_path):
+    assert self_check.check_questions().status == "ok"
+    assert self_check.check_questions(tmp_path / "none.json").status == "fail"
+    (tmp_path / "half.json").write_text('{"questions": [', encoding="utf-8")
+    assert self_check.check_questions(tmp_path / "half.json").status == "fail"
