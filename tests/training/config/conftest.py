@@ -71,6 +71,8 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
     flags = iter_flags(SigmaConfig)
     for flag in draw(st.lists(st.sampled_from(flags), unique_by=lambda f: f.dest)):
         setattr(getattr(config, flag.section), flag.field, draw(values_of(flag)))
+    if config.generate.hidden:
+        config.generate.eval_file = ""  # the two exclude each other
     return config.validate()
 
 
