@@ -24,12 +24,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.batch import Batch, to_batch
 from training.build import TOKEN_CACHE
 from training.config.cli import parse_args
 from training.data import TokenCorpus, tokenize_corpus
-from training.open_stream import open_stream
 from training.sources.embedded import EmbeddedCorpus
+from training.stream.batch import Batch, to_batch
+from training.stream.open_stream import open_stream
 from training.tokenizer import Tokenizer
 
 SEQ_LEN, BATCH_SIZE = 512, 8

@@ -16,7 +16,6 @@ from torch import nn
 
 from model.generation import generate
 from model.sigma_llm import SigmaLLM
-from training.batch import BatchStream
 from training.config.cli import load_json, write_resolved
 from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import TokenCorpus, TokenStream, tokenize_corpus, validation_batches
@@ -27,7 +26,6 @@ from training.hidden_eval import choose_questions, read_manifest
 from training.hidden_process import HiddenEvalProcess, program_command
 from training.integrity_guards import IntegrityGuards, SourceGuard, check_steps
 from training.micro_batch import MicroBatchPlan
-from training.open_stream import deciding_flags, open_stream
 from training.optimizer import OptimizerSet
 from training.optimizer import build_optimizer as optimizer_for
 from training.run_services import RunServices
@@ -57,6 +55,8 @@ from training.runtime.watchdog import HangWatchdog
 from training.sigma_trainer import SigmaTrainer
 from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte
 from training.sources.registry import source_specs
+from training.stream.batch import BatchStream
+from training.stream.open_stream import deciding_flags, open_stream
 from training.tokenizer import Tokenizer
 
 TOKEN_CACHE = CACHE_DIRECTORY / "tokens"

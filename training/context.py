@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.batch import Batch
-from training.mixture import Mixture
+from training.stream.batch import Batch
+from training.stream.mixture import Mixture
 
 Metric = float | Tensor | Callable[[], float | Tensor]
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.batch import IGNORED_LABEL, Batch, to_batch
 from training.sources.base import (
     SOURCE_IDS,
     Document,
@@ -27,7 +26,8 @@ from training.sources.base import (
     in_scoring_order,
     split_of,
 )
-from training.token_cache import read_token_file, write_token_file
+from training.stream.batch import IGNORED_LABEL, Batch, to_batch
+from training.stream.token_cache import read_token_file, write_token_file
 from training.tokenizer import Tokenizer
 
 STATE_FORMAT = 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from training.batch import Batch, BatchStream
+from training.stream.batch import Batch, BatchStream
 
 
 @dataclass(slots=True, kw_only=True)

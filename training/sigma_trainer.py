@@ -15,7 +15,6 @@ import psutil
 import torch
 from torch import nn
 
-from training.batch import BatchStream
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import FeatureSet
@@ -32,6 +31,7 @@ from training.runtime.rng_state import capture_rng_state, restore_rng_state
 from training.runtime.run_state import join_run_state
 from training.runtime.signals import StopRequest
 from training.schedule import is_due, learning_rate_factor, weight_decay_factor
+from training.stream.batch import BatchStream
 
 
 class SigmaTrainer:

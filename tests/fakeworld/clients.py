@@ -6,9 +6,9 @@ import random
 from typing import Any
 
 from tests.fakeworld.server import Plan, Seen
-from training.connection import allow_hosts
-from training.net import HttpClient
 from training.sources.base import Document, DocumentSource, SourceError, SourceExhausted
+from training.sources.connection import allow_hosts
+from training.sources.net import HttpClient
 
 MAX_PASSING_ERRORS = 200
 

@@ -38,7 +38,7 @@ def flags(folder, directory, *more):
 def test_stopped_runs_with_other_workers_and_another_spool_end_at_the_same_bits(
     folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("training.open_stream.NETWORK_KINDS", ("local",))
+    monkeypatch.setattr("training.stream.open_stream.NETWORK_KINDS", ("local",))
     monkeypatch.setattr("training.build.SPOOL", tmp_path / "spool-1")
     train(flags(folder, tmp_path / "whole", "--num-workers", "0"))
     for step, workers, spool in ((3, "2", "64"), (4, "0", "0"), (11, "1", "64"), (16, "4", "64")):
@@ -56,7 +56,9 @@ def test_stopped_runs_with_other_workers_and_another_spool_end_at_the_same_bits(
 
 def test_with_the_network_off_a_hybrid_run_trains_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.build.SPOOL", tmp_path / "spool")
-    monkeypatch.setattr("training.open_stream.open_source", lambda spec, config: Unreachable(spec))
+    monkeypatch.setattr(
+        "training.stream.open_stream.open_source", lambda spec, config: Unreachable(spec)
+    )
     arguments = tiny_flags(
         tmp_path / "run", "--data-backend", "hybrid", "--on-all-sources-failed", "bootstrap",
         "--steps", "6", "--bootstrap-seed-batches", "0", "--source-read-timeout-sec", "0.2",

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from tests.training.fake_sources import FakeSource
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
 from training.data import tokenize_corpus
-from training.mixture import Mixture
-from training.pipeline import DocumentPipeline
-from training.prefetch import ReaderSettings, SourceReader
-from training.shards import MemoryStore
-from training.stream import MixedStream
-from training.stream_state import StreamSettings
+from training.stream.mixed_stream import MixedStream
+from training.stream.mixture import Mixture
+from training.stream.pipeline import DocumentPipeline
+from training.stream.prefetch import ReaderSettings, SourceReader
+from training.stream.shards import MemoryStore
+from training.stream.state import StreamSettings
 
 CORPUS = tokenize_corpus(SmallCorpus(), TOKENIZER)
 SEED = 5

@@ -288,5 +288,3 @@ def test_permutation_spreads_evenly():
     counts = np.bincount(places, minlength=16)
     # 1,600 draws over 16 places: chi-square of 15 degrees of freedom, 0.1 % level.
     assert ((counts - 100.0) ** 2 / 100.0).sum() < 37.7
-
-

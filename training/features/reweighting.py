@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from model.cross_entropy import linear_cross_entropy
-from training.batch import Batch
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import Feature, Schedule
-from training.reweighting import SourceFactors
 from training.runtime.checkpoint import CheckpointStore
-from training.stream_state import metric_name
+from training.stream.batch import Batch
+from training.stream.reweighting import SourceFactors
+from training.stream.state import metric_name
 
 MEASUREMENTS_PER_UPDATE = 32
 IGNORED = -100

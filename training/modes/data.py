@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from training.batch import Batch, BatchStream
 from training.build import build_corpus, build_stream, build_tokenizer
 from training.config.sigma_config import SigmaConfig
 from training.sources.base import SOURCE_IDS
-from training.stream import MixedStream
+from training.stream.batch import Batch, BatchStream
+from training.stream.mixed_stream import MixedStream
 from training.tokenizer import Tokenizer
 
 SHOWN_CHARACTERS = 160

@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from training.net import FileVersion, HttpClient
 from training.sources.base import JSON, Document, SourceError, SourceExhausted
+from training.sources.net import FileVersion, HttpClient
 from training.sources.remote import (
     Patience,
     as_passing,

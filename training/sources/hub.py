@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from training.connection import Allow, allow_hosts
-from training.net import FileVersion, HttpClient
 from training.sources.base import JSON, Document, SourceError, SourceExhausted
+from training.sources.connection import Allow, allow_hosts
 from training.sources.hub_listing import HubDataset
+from training.sources.net import FileVersion, HttpClient
 from training.sources.remote import (
     Patience,
     RemoteFile,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from training.net import HttpClient, HttpStatusError
 from training.sources.base import SourceError
 from training.sources.hub_files import choose_config, files_of_split
+from training.sources.net import HttpClient, HttpStatusError
 
 CONVERTED_REVISION = "refs/convert/parquet"
 MAX_LISTING_BYTES = 128 << 20

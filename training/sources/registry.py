@@ -91,9 +91,9 @@ def open_source(spec: SourceSpec, *, config: StreamConfig) -> DocumentSource:
     """The source itself; ValueError in one line for a mistake of the user."""
     options = dict(spec.options)
     if spec.kind == "commoncrawl":
-        from training.connection import allow_hosts
-        from training.net import HttpClient
         from training.sources.commoncrawl import HOSTS, CommonCrawlSource
+        from training.sources.connection import allow_hosts
+        from training.sources.net import HttpClient
 
         client = HttpClient(read_timeout_s=HTTP_TIMEOUT_S, allow=allow_hosts(*HOSTS))
         options["languages"] = tuple(options["languages"])

@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from training.net import FileVersion, HttpClient
 from training.sources.base import SourceError
+from training.sources.net import FileVersion, HttpClient
 
 MAX_MEETINGS = 3
 _OF_THE_MATERIAL = frozenset(

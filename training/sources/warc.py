@@ -13,8 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
-from training.net import FileVersion, HttpClient
 from training.sources.base import SourceError
+from training.sources.net import FileVersion, HttpClient
 
 MAX_RECORD_BYTES = 16 << 20  # unpacked; Common Crawl itself cuts pages at 1 MiB
 MAX_PAGE_BYTES = 2 << 20  # of HTML that is taken apart

@@ -14,12 +14,12 @@ from tests.integration.runs import (
     tiny_flags,
     train,
 )
-from training.batch import to_batch
 from training.build import build_trainer
 from training.config.cli import parse_args
 from training.config.fields import ConfigError
 from training.features import FEATURES
 from training.features.reweighting import source_losses
+from training.stream.batch import to_batch
 
 ALPHABET = list("abcdefghijklmnopqrstuvwxyz0123456789")
 

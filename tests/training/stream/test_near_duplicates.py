@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from training.near_duplicates import NearDuplicateWindow, signature_of
 from training.runtime.state_tree import join_state, split_state
 from training.sources.embedded import EmbeddedCorpus
+from training.stream.near_duplicates import NearDuplicateWindow, signature_of
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from training.contamination import ContaminationIndex
-from training.near_duplicates import NearDuplicateWindow
+from training.stream.near_duplicates import NearDuplicateWindow
 
 __all__ = ["ContaminationIndex", "LanguageFilter", "NearDuplicateWindow", "QualityFilter"]
 

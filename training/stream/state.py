@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from training.prefetch import first_snapshot
 from training.sources.base import JSON
+from training.stream.prefetch import first_snapshot
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.token_cache import read_token_file, write_token_file
+from training.stream.token_cache import read_token_file, write_token_file
 
 ARRAYS = {
     "tokens": np.arange(5000, dtype=np.uint16),

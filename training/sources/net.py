@@ -20,8 +20,8 @@ from email.utils import parsedate_to_datetime
 from typing import TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
-from training.connection import Allow, Connection, shown, transport_error
 from training.sources.base import SourceError
+from training.sources.connection import Allow, Connection, shown, transport_error
 
 USER_AGENT = "sigma-trainer/0.1"
 MAX_REDIRECTS = 5

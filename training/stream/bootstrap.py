@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from training.data import TokenCorpus, permutation
-from training.packing import OpenDocument
+from training.stream.packing import OpenDocument
 
 BOOTSTRAP = "bootstrap"  # the key under which its tokens are counted
 _ORDER_STREAM = 7

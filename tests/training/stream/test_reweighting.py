@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.reweighting import SourceFactors
+from training.stream.reweighting import SourceFactors
 
 NOISE, HARD, EASY = 1, 2, 3
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from training.quality import LanguageFilter, QualityFilter
 from training.sources.base import SOURCE_IDS
 from training.sources.embedded import EmbeddedCorpus
+from training.stream.quality import LanguageFilter, QualityFilter
 
 PROSE = (
     "The committee met in the old library on a Tuesday, and nobody was surprised when the lamps "

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from training.runtime.state_tree import join_state, split_state
-from training.token_cache import read_token_file, write_token_file
+from training.stream.token_cache import read_token_file, write_token_file
 
 SPOOL_FORMAT = 1
 AFTER = "after:"  # begins the names of a snapshot's tensors in a file

@@ -4,8 +4,8 @@ import ssl
 
 import pytest
 
-from training.connection import allow_hosts, is_public, transport_error, usable_addresses
 from training.sources.base import SourceError
+from training.sources.connection import allow_hosts, is_public, transport_error, usable_addresses
 
 
 def test_allowed_names():

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from training.breaker import CircuitBreaker
-from training.pipeline import DocumentPipeline, DuplicateWindow, ShardBuilder
-from training.shards import Shard, ShardStore, snapshot_hash
 from training.sources.base import JSON, DocumentSource, SourceError, SourceExhausted
+from training.stream.breaker import CircuitBreaker
+from training.stream.pipeline import DocumentPipeline, DuplicateWindow, ShardBuilder
+from training.stream.shards import Shard, ShardStore, snapshot_hash
 
 FIRST_SHARD_DOCUMENTS = 16
 IDLE_S = 0.5  # how long an idle thread sleeps at most before it looks again

@@ -1,10 +1,10 @@
 """The mixed stream: many sources, one sequence of tokens, a position that resumes exactly.
 
-Readers (training/prefetch.py) turn sources into shards ahead of time; this module only draws whose
-turn it is, reads documents from shards that are there, and packs rows. No batch is assembled ahead,
-so the state after a batch is all of the state: per source a shard's beginning and a place in it,
-the draw counter, credits, and an offset into the open document. Resuming costs one shard per
-source, however far in.
+Readers (training/stream/prefetch.py) turn sources into shards ahead of time; this module only
+draws whose turn it is, reads documents from shards that are there, and packs rows. No batch is
+assembled ahead, so the state after a batch is all of the state: per source a shard's beginning and
+a place in it, the draw counter, credits, and an offset into the open document. Resuming costs one
+shard per source, however far in.
 
 While a source has nothing to give, its draws go to the others (counted), and no draw waits for it
 again until it is back. Before the first streamed batch, and when nothing delivers and the user
@@ -19,17 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from training.batch import Batch, to_batch
-from training.bootstrap import BOOTSTRAP, BootstrapDocuments
 from training.data import TokenCorpus
-from training.mixture import Mixture
-from training.packing import OpenDocument, Row
-from training.prefetch import SourceReader
-from training.recent_hashes import RecentHashes
-from training.shards import Shard, snapshot_hash
 from training.sources.base import JSON
-from training.stream_report import source_report, stream_metrics
-from training.stream_state import SourceCursor, StreamSettings
+from training.stream.batch import Batch, to_batch
+from training.stream.bootstrap import BOOTSTRAP, BootstrapDocuments
+from training.stream.mixture import Mixture
+from training.stream.packing import OpenDocument, Row
+from training.stream.prefetch import SourceReader
+from training.stream.recent_hashes import RecentHashes
+from training.stream.report import source_report, stream_metrics
+from training.stream.shards import Shard, snapshot_hash
+from training.stream.state import SourceCursor, StreamSettings
 
 STATE_FORMAT = 1
 POLL_S = 0.05  # between two looks at stalled sources when nothing else is left to do

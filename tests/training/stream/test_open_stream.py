@@ -12,16 +12,16 @@ from tests.training.small_corpus import TOKENIZER, SmallCorpus
 from training.config.cli import parse_args, write_resolved
 from training.data import tokenize_corpus
 from training.modes.data import preview
-from training.open_stream import (
+from training.runtime.state_tree import join_state, split_state
+from training.sources.embedded import EmbeddedCorpus
+from training.stream.open_stream import (
     BEGINNING_LASTS_S,
     deciding_flags,
     open_stream,
     prune_spool,
     worker_count,
 )
-from training.runtime.state_tree import join_state, split_state
-from training.shards import shard_file
-from training.sources.embedded import EmbeddedCorpus
+from training.stream.shards import shard_file
 
 CORPUS = tokenize_corpus(SmallCorpus(), TOKENIZER)
 WORDS = "table index lord commit returns stream value error query every night river".split()
@@ -67,7 +67,9 @@ def expected(folder, tmp_path_factory):
 def test_files_give_the_same_tokens_however_they_are_read(
     folder, tmp_path, expected, workers, spool_mb, monkeypatch
 ):
-    monkeypatch.setattr("training.open_stream.NETWORK_KINDS", ("local",))  # as if they were far
+    monkeypatch.setattr(
+        "training.stream.open_stream.NETWORK_KINDS", ("local",)
+    )  # as if they were far
     flags = ("--num-workers", str(workers), "--spool-max-mb", str(spool_mb))
     for _ in range(2):  # the second time from the spool, if there is one
         stream = opened(folder, tmp_path, *flags)
@@ -173,7 +175,7 @@ def test_own_files_need_no_spool(folder, tmp_path):
 
 
 def test_a_new_run_does_not_begin_with_an_old_spool(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.open_stream.NETWORK_KINDS", ("local",))
+    monkeypatch.setattr("training.stream.open_stream.NETWORK_KINDS", ("local",))
     stream = opened(folder, tmp_path)
     take(stream, 30)
     stream.close()

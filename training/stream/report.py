@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from training.prefetch import SourceReader
-from training.shards import Shard
 from training.sources.base import JSON
-from training.stream_state import SourceCursor, metric_name
+from training.stream.prefetch import SourceReader
+from training.stream.shards import Shard
+from training.stream.state import SourceCursor, metric_name
 
 DUPLICATE_REASONS = ("exact_duplicate", "near_duplicate")
 

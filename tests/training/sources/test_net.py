@@ -10,9 +10,9 @@ import pytest
 from tests.fakeworld.clients import first_requests, make_client
 from tests.fakeworld.faults import FINAL, LYING, PASSING
 from tests.fakeworld.server import Answer, FakeWorld
-from training.connection import allow_hosts
-from training.net import FileVersion, HttpClient, retry_after_s
 from training.sources.base import SourceError
+from training.sources.connection import allow_hosts
+from training.sources.net import FileVersion, HttpClient, retry_after_s
 
 CONTENT = random.Random(7).randbytes(300_000)
 SLOW = {"stalled_headers", "stalled_body", "drip", "drip_headers"}

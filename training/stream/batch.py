@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.mixture import Mixture
+from training.stream.mixture import Mixture
 
 IGNORED_LABEL = -100
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from training.mixture import STRATEGIES, Mixture, uniform
+from training.stream.mixture import STRATEGIES, Mixture, uniform
 
 WEIGHTS = {"a": 5.0, "b": 3.0, "c": 2.0}
 

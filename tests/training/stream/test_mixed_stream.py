@@ -12,10 +12,10 @@ import torch
 from tests.training.fake_sources import FakeSource, permanent
 from tests.training.mixed import CORPUS, digest, mixed_stream, take, three_sources
 from tests.training.small_corpus import TOKENIZER, assert_same
-from training.near_duplicates import NearDuplicateWindow
 from training.runtime.state_tree import join_state, split_state
-from training.shards import SpoolStore
 from training.sources.base import SOURCE_IDS, split_of
+from training.stream.near_duplicates import NearDuplicateWindow
+from training.stream.shards import SpoolStore
 
 WEIGHTS = {"web": 5.0, "edu": 3.0, "files": 2.0}
 OPTIONS = {"weights": WEIGHTS, "bootstrap_batches": 2, "dedup_window": 64}

@@ -16,12 +16,6 @@ from training.config.data_sections import StreamConfig
 from training.config.sigma_config import SigmaConfig
 from training.contamination import ContaminationIndex
 from training.data import TokenCorpus
-from training.mixture import Mixture
-from training.near_duplicates import NearDuplicateWindow
-from training.pipeline import Check, DocumentPipeline, DuplicateWindow
-from training.prefetch import ReaderSettings, SourceReader
-from training.quality import LanguageFilter, QualityFilter
-from training.shards import SPOOL_FORMAT, MemoryStore, ShardStore, SpoolStore, shard_file
 from training.sources.base import JSON, SOURCE_IDS, split_of
 from training.sources.embedded import EmbeddedCorpus
 from training.sources.registry import (
@@ -31,8 +25,14 @@ from training.sources.registry import (
     open_source,
     source_specs,
 )
-from training.stream import MixedStream
-from training.stream_state import StreamSettings, metric_name
+from training.stream.mixed_stream import MixedStream
+from training.stream.mixture import Mixture
+from training.stream.near_duplicates import NearDuplicateWindow
+from training.stream.pipeline import Check, DocumentPipeline, DuplicateWindow
+from training.stream.prefetch import ReaderSettings, SourceReader
+from training.stream.quality import LanguageFilter, QualityFilter
+from training.stream.shards import SPOOL_FORMAT, MemoryStore, ShardStore, SpoolStore, shard_file
+from training.stream.state import StreamSettings, metric_name
 from training.tokenizer import Tokenizer
 
 FIRST_OWN_ID = 100  # of sources that are not the first of their kind

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data import permutation
-from training.shards import Shard
 from training.sources.base import SOURCE_IDS, Document, split_of
+from training.stream.shards import Shard
 from training.tokenizer import Tokenizer
 
 Check = Callable[[str], str | None]  # the reason to leave a text out, or None

@@ -8,7 +8,7 @@ import pytest
 from tests.training.fake_sources import FakeClock, FakeSource, permanent, transient
 from tests.training.mixed import digest, mixed_stream, take, three_sources
 from training.runtime.state_tree import join_state, split_state
-from training.shards import SpoolStore
+from training.stream.shards import SpoolStore
 
 HOUR_S = 3600.0
 

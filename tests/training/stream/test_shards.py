@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from training.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, CircuitBreaker
-from training.recent_hashes import RecentHashes
 from training.runtime.state_tree import join_state, split_state
-from training.shards import MemoryStore, Shard, SpoolStore, shard_file, snapshot_hash
+from training.stream.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, CircuitBreaker
+from training.stream.recent_hashes import RecentHashes
+from training.stream.shards import MemoryStore, Shard, SpoolStore, shard_file, snapshot_hash
 
 
 def make_shard(number, *, documents=3, tokens=50, before="x"):
@@ -113,7 +113,7 @@ def test_what_an_earlier_life_left_ahead_does_not_block(tmp_path):
 
 def test_a_disk_that_refuses_keeps_the_shard_in_memory(tmp_path, monkeypatch):
     store = SpoolStore(tmp_path, max_bytes=1 << 20)
-    monkeypatch.setattr("training.shards.write_token_file", lambda path, arrays: None)
+    monkeypatch.setattr("training.stream.shards.write_token_file", lambda path, arrays: None)
     store.put(make_shard(0))
     store.put(make_shard(1))
     assert same(store.load(1, before="x"), make_shard(1))
