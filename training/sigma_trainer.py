@@ -32,6 +32,7 @@ from training.runtime.run_state import join_run_state
 from training.runtime.signals import StopRequest
 from training.schedule import is_due, learning_rate_factor, weight_decay_factor
 from training.stream.batch import BatchStream
+from training.weight_update import apply_gradients
 
 
 class SigmaTrainer:
@@ -61,7 +62,6 @@ class SigmaTrainer:
         self.plan = services.plan
         self.step = 0
         self.output_dir = Path(config.run.output_dir)
-        self._parameters = list(optimizer.parameters())
         self._updating = False
 
     def fit(self) -> None:
@@ -165,28 +165,24 @@ class SigmaTrainer:
 
     def update(self, ctx: StepContext, position: dict[str, Any]) -> bool:
         """Clip, check and apply the gradients; False when the step must be tried again."""
-        scaler = self.services.scaler
+        assert ctx.train_loss is not None
         self._updating = True
         with self.clock("opt_step"):
-            for part in self.optimizer.parts:
-                scaler.unscale_(part)
-            ctx.grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.config.optim.grad_clip)
-            sound = state_is_finite(self.model, self.optimizer)
-            usable = torch.isfinite(ctx.grad_norm) & torch.isfinite(ctx.train_loss)
-            sound, finite = torch.stack([sound, sound & usable]).tolist()  # one wait for the device
-            overflow = sound and not finite and scaler.is_enabled() and scaler.get_scale() > 1.0
-            if finite:
-                for part in self.optimizer.parts:
-                    scaler.step(part)
-                self.model.after_optimizer_step()
-            scaler.update()
+            outcome = apply_gradients(
+                self.model,
+                self.optimizer,
+                scaler=self.services.scaler,
+                max_norm=self.config.optim.grad_clip,
+                loss=ctx.train_loss,
+            )
+            ctx.grad_norm = outcome.grad_norm
         with self.clock("zero_grad"):
             self.optimizer.zero_grad()
-        if overflow:
+        if outcome.overflow:
             self.model.discard_step()
             return False
-        if sound:
-            verdict = self.guard.judge(finite=finite, step=ctx.step, position=position)
+        if outcome.sound:
+            verdict = self.guard.judge(finite=outcome.finite, step=ctx.step, position=position)
         else:
             verdict = self.guard.judge_state(finite=False, step=ctx.step)
         if verdict is not Verdict.APPLY:
@@ -274,20 +270,23 @@ class SigmaTrainer:
         if last or is_due(self.step, evaluation.sample_interval):
             recorder.write_sample(self.step, self.services.sample(self.model))
         if self._is_log_step(self.step) or extra["eval_bpb"] is not None:
-            extra |= {
-                **self.model.metrics(),
-                **self.features.metrics(),
-                **self.services.audit.metrics(),
-                **self.stream.metrics(),
-                "checkpoint_step": self.services.store.last_saved_step,
-                "checkpoint_save_s": self.services.store.last_save_seconds,
-                "steps_skipped": len(self.guard.skipped),
-                "micro_batch_rows": self.plan.rows,
-                "memory_guard_stage": int(self.services.memory.stage),
-            }
+            extra |= self._gather_metrics()
             recorder.write_row(ctx, self.clock, extra)
         if saving and not last:
             self.save()
+
+    def _gather_metrics(self) -> dict[str, Any]:
+        return {
+            **self.model.metrics(),
+            **self.features.metrics(),
+            **self.services.audit.metrics(),
+            **self.stream.metrics(),
+            "checkpoint_step": self.services.store.last_saved_step,
+            "checkpoint_save_s": self.services.store.last_save_seconds,
+            "steps_skipped": len(self.guard.skipped),
+            "micro_batch_rows": self.plan.rows,
+            "memory_guard_stage": int(self.services.memory.stage),
+        }
 
     def _finish(self, *, interrupted: bool) -> None:
         display, store = self.services.recorder.display, self.services.store

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import training.sigma_trainer
+import training.weight_update
 from tests.integration.runs import tiny_flags
 from training.build import build_trainer
 from training.config.cli import parse_args
@@ -167,7 +168,8 @@ def test_every_point_is_caught_within_its_step(bench, kind):
 
 def test_without_a_look_at_the_state_damage_gets_through(bench, monkeypatch):
     """Negative control: loss and gradient alone miss a good part of it."""
-    monkeypatch.setattr(training.sigma_trainer, "state_is_finite", lambda *args: torch.tensor(True))
+    for module in (training.sigma_trainer, training.weight_update):
+        monkeypatch.setattr(module, "state_is_finite", lambda *args: torch.tensor(True))
     draw = random.Random(0)
     missed = [kind for kind in STATE_KINDS * 20 if not survives_damage(bench, kind, draw)]
     assert len(missed) > 10
