@@ -242,12 +242,16 @@ def mamba_scan(
     valid_mask: Tensor | None = None,
     state: MambaState | None = None,
     masks: ScanMasks | None = None,
+    backend: str = "torch",
+    in_bf16: bool = False,
 ) -> tuple[Tensor, MambaState]:
     """Chunked scan over T >= 1 steps: y (B, T, H, R, P) and the state after the last step.
 
     reset_mask (B, T): a document starts here, nothing earlier is seen. valid_mask (B, T): False =
     padding, which contributes nothing and passes the state on. `masks` may be given to build them
     once for several scans. Computed in the dtype of x; gradients flow through states, too.
+    backend: "triton" runs the kernels of `model.sigma_kernels`, in fp32 or (in_bf16) with products
+    of bf16 operands; what surrounds them is the same.
     """
     if masks is None:
         masks = ScanMasks.create(
@@ -272,10 +276,21 @@ def mamba_scan(
         weight = gamma + following
         if state is not None:
             start = state.h + first[..., None, None] * _outer(inputs, state.prev_b, state.prev_x)
-    log_weight = weight.clamp_min(_TINY).log()
-    y, h = ChunkedScan.apply(
-        inputs.x, inputs.rank_in, b, c, log_decay, log_weight, gamma, inputs.skip, start, masks
-    )
+    if backend == "triton":
+        from model.sigma_kernels import scan_chunks
+
+        if valid_mask is not None:
+            weight = weight.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
+        y, h = scan_chunks(
+            inputs.x, rank_in=inputs.rank_in, b=b, c=c, log_decay=log_decay, weight=weight,
+            gamma=gamma, skip=inputs.skip, start=start, segments=masks.segments,
+            chunk_len=chunk_len, in_bf16=in_bf16,
+        )  # fmt: skip
+    else:
+        log_weight = weight.clamp_min(_TINY).log()
+        y, h = ChunkedScan.apply(
+            inputs.x, inputs.rank_in, b, c, log_decay, log_weight, gamma, inputs.skip, start, masks
+        )
     prev_b, prev_x = b[:, -1], inputs.x[:, -1]
     if valid_mask is not None:
         prev_b, prev_x = _last_valid(inputs, b, valid_mask, masks.segments, state)
