@@ -14,7 +14,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from model import sigma_kernel_backward as backward
+from model import sigma_kernel_src as scan
 from model import triton_kernels as kernels
+from model.sigma_kernels import ScanShape, scan_tiles
 from model.ternary_linear import gradient_tiles, product_tiles
 
 
@@ -28,6 +31,7 @@ class Build:
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 3
+    use: str = ""  # what tells specialisations of one kernel apart
 
     def compile(self, architecture: int) -> Any:
         """Triton's result for compute capability `architecture`, arguments aligned as usual."""
@@ -96,4 +100,56 @@ def builds(architecture: int) -> list[Build]:
             warps=gradient.warps,
             stages=gradient.stages,
         ),
+        *scan_builds(architecture),
     ]
+
+
+def scan_builds(architecture: int) -> list[Build]:
+    """The scan's kernels at the default network's sizes, with document boundaries; in bf16 and in
+    fp32, and each of the two uses of a kernel that serves forward and backward."""
+    found = []
+    for in_bf16 in (True, False):
+        shape = ScanShape(
+            *(4, 512, 24, 4, 128, 64, 128),  # B, T, H, R, N, P, L
+            tiles=scan_tiles(128, 128, 64, architecture, in_bf16=in_bf16),
+            has_rank_in=True,
+            has_resets=True,
+            in_bf16=in_bf16,
+        )
+        for kernel, uses in _SCAN_KERNELS:
+            for use in uses:
+                found.append(_scan_build(shape, kernel, use))
+    return found
+
+
+_SCAN_KERNELS: tuple[tuple[Any, tuple[dict[str, Any], ...]], ...] = (
+    (scan.chunk_controls_kernel, ({},)),
+    (scan.chunk_scores_kernel, ({},)),
+    (scan.chunk_states_kernel, ({"OF_OUTPUTS": False}, {"OF_OUTPUTS": True})),
+    (scan.pass_states_kernel, ({"HAS_START": True},)),
+    (scan.scan_outputs_kernel, ({},)),
+    (backward.pass_states_backward_kernel, ({"HAS_GRAD_FINAL": True, "HAS_START": True},)),
+    (backward.input_gradient_kernel, ({},)),
+    (backward.score_gradient_kernel, ({},)),
+    (backward.shared_gradient_kernel, ({"OF_C": False}, {"OF_C": True})),
+    (backward.control_gradients_kernel, ({},)),
+)
+
+
+def _scan_build(shape: ScanShape, kernel: Any, use: dict[str, Any]) -> Build:
+    """Operands rounded to bf16 are b, c and their products; the rest is fp32."""
+    rounded = {"b_ptr", "c_ptr", "shared_ptr", "other_ptr", "scores_ptr", "grad_scores_ptr"}
+    names = kernel.arg_names
+    pointers = {name: "fp32" for name in names if name.endswith("_ptr")}
+    pointers |= {name: "bf16" for name in rounded & set(names) if shape.in_bf16}
+    if "segments_ptr" in pointers:
+        pointers["segments_ptr"] = "i32"
+    return Build(
+        kernel=kernel,
+        pointers=pointers,
+        numbers=tuple(n for n in names if not n.endswith("_ptr") and not n.isupper()),
+        constants=shape.constants_of(kernel, **use),
+        warps=shape.tiles.warps,
+        stages=shape.tiles.stages,
+        use=" ".join(["bf16" if shape.in_bf16 else "fp32", *(k for k, v in use.items() if v)]),
+    )

@@ -32,6 +32,7 @@ from model.sigma_kernel_src import (
     pass_states_kernel,
     scan_outputs_kernel,
 )
+from model.ternary_linear import device_capability
 
 MAX_WIDTH = 256
 STATE_BLOCK = 1024
@@ -47,19 +48,23 @@ class ScanTiles(NamedTuple):
     stages: int
 
 
-def scan_tiles(chunk_len: int, size: int, width: int) -> ScanTiles:
-    """Tiles of the scan for chunks of `chunk_len` steps, states of `size` times `width`.
+def scan_tiles(
+    chunk_len: int, size: int, width: int, capability: int, *, in_bf16: bool
+) -> ScanTiles:
+    """Tiles of the scan for chunks of `chunk_len` steps and states of `size` times `width`.
 
-    A program of the input gradient holds five fp32 tiles of steps times width in registers, which
-    is what bounds the steps; no tile has an edge below 16, the least that tensor cores take.
+    The input gradient holds eight tiles of steps times width in registers: 64 steps fill those of
+    eight warps, which only pays where the tensor cores want 64 rows (sm_90, sm_100). fp32 products
+    split each operand in two and take twice the registers. No edge is below 16, the least that
+    tensor cores take.
     """
-    limit = 32 if width > 64 else 64
-    steps = max(16, min(limit, triton.next_power_of_2(chunk_len)))
-    entries = max(16, min(128 if width <= 64 else 64, triton.next_power_of_2(size)))
-    return ScanTiles(steps, entries, 4 if steps * width <= 2048 else 8, 2)
+    large = in_bf16 and 90 <= capability < 120 and width <= 64
+    steps = max(16, min(64 if large else 32, triton.next_power_of_2(chunk_len)))
+    entries = max(16, min(64, triton.next_power_of_2(size)))
+    return ScanTiles(steps, entries, 4 if in_bf16 and steps * width <= 2048 else 8, 2)
 
 
-class _Shape(NamedTuple):
+class ScanShape(NamedTuple):
     """Sizes of one scan, and the constants that its kernels share."""
 
     batch: int
@@ -87,8 +92,8 @@ class _Shape(NamedTuple):
         """Chunks of all rows and heads."""
         return self.batch * self.heads * self.chunks
 
-    def constants(self, *names: str) -> dict[str, Any]:
-        """Values of the named kernel constants, with warps and stages."""
+    def constants_of(self, kernel: Any, **given: Any) -> dict[str, Any]:
+        """Every constant of a kernel: those given, the others as this shape has them."""
         values = {
             "HAS_RANK_IN": self.has_rank_in,
             "HAS_RESETS": self.has_resets,
@@ -108,7 +113,8 @@ class _Shape(NamedTuple):
             "BLOCK_PARTS": triton.next_power_of_2(self.state_blocks),
             "DOT_IN_BF16": self.in_bf16,
         }
-        return {name: values[name] for name in names}
+        names = (name for name in kernel.arg_names if name.isupper())
+        return {name: given[name] if name in given else values[name] for name in names}
 
     @property
     def state_blocks(self) -> int:
@@ -116,12 +122,13 @@ class _Shape(NamedTuple):
 
     def launch(self, kernel: Any, programs: int | tuple[int, int], *args: Any, **more: Any) -> None:
         """Run the kernel with its constants of this shape and those given in `more`."""
-        own = [name for name in kernel.arg_names if name.isupper() and name not in more]
         grid = (programs,) if isinstance(programs, int) else programs
         kernel[grid](
-            *args, **self.constants(*own), **more,
-            num_warps=self.tiles.warps, num_stages=self.tiles.stages,
-        )  # fmt: skip
+            *args,
+            **self.constants_of(kernel, **more),
+            num_warps=self.tiles.warps,
+            num_stages=self.tiles.stages,
+        )
 
 
 class _Controls(NamedTuple):
@@ -134,7 +141,7 @@ class _Controls(NamedTuple):
 
 
 def _controls(
-    shape: _Shape, log_decay: Tensor, weight: Tensor, gamma: Tensor, segments: Tensor | None
+    shape: ScanShape, log_decay: Tensor, weight: Tensor, gamma: Tensor, segments: Tensor | None
 ) -> _Controls:
     by_head = torch.empty(
         3, shape.batch, shape.heads, shape.length, dtype=torch.float32, device=log_decay.device
@@ -152,7 +159,7 @@ def _controls(
 
 
 def _launch_states(
-    shape: _Shape, value: Tensor, rank_in: Tensor, shared: Tensor, controls: _Controls,
+    shape: ScanShape, value: Tensor, rank_in: Tensor, shared: Tensor, controls: _Controls,
     *, of_outputs: bool,
 ) -> Tensor:  # fmt: skip
     """What every chunk adds to the state, or (of_outputs) to its gradient: (B, H, K, N, P)."""
@@ -236,7 +243,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _input_gradients(
-    shape: _Shape, grad_y: Tensor, y: Tensor, x: Tensor, rank_in: Tensor | None, b: Tensor,
+    shape: ScanShape, grad_y: Tensor, y: Tensor, x: Tensor, rank_in: Tensor | None, b: Tensor,
     scores: Tensor, grad_states: Tensor, controls: _Controls, skip: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, rank_in, skip (H,) and of cum, weight, gamma (3, B, H, T)."""
@@ -258,7 +265,7 @@ def _input_gradients(
     return grad_x, of_rank, grad_skip.sum(0), grad_steps
 
 
-def _control_gradients(shape: _Shape, grad_steps: Tensor, inner: Tensor) -> tuple[Tensor, ...]:
+def _control_gradients(shape: ScanShape, grad_steps: Tensor, inner: Tensor) -> tuple[Tensor, ...]:
     """Gradients of log decay, weight and gamma, (B, T, H)."""
     sizes = (3, shape.batch, shape.length, shape.heads)
     found = torch.empty(sizes, dtype=torch.float32, device=grad_steps.device)
@@ -271,8 +278,8 @@ def _control_gradients(shape: _Shape, grad_steps: Tensor, inner: Tensor) -> tupl
 
 
 def _shared_gradients(
-    shape: _Shape, grad_y: Tensor, x: Tensor, ranks: Tensor, b: Tensor, c: Tensor, scores: Tensor,
-    states: Tensor, grad_states: Tensor, controls: _Controls,
+    shape: ScanShape, grad_y: Tensor, x: Tensor, ranks: Tensor, b: Tensor, c: Tensor,
+    scores: Tensor, states: Tensor, grad_states: Tensor, controls: _Controls,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of b and c, fp32."""
     grad_scores = torch.empty_like(scores)
@@ -318,9 +325,9 @@ def scan_chunks(
         )
     if torch.float64 in (x.dtype, b.dtype, log_decay.dtype):
         raise ValueError("the Triton scan computes in fp32; --kernel-backend torch takes fp64")
-    shape = _Shape(
+    shape = ScanShape(
         *(batch, length, heads, rank, size, width, chunk_len),
-        tiles=scan_tiles(chunk_len, size, width) if tiles is None else tiles,
+        tiles=tiles or scan_tiles(chunk_len, size, width, device_capability(x), in_bf16=in_bf16),
         has_rank_in=rank_in is not None,
         has_resets=segments is not None,
         in_bf16=in_bf16,

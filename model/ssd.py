@@ -101,12 +101,13 @@ class ScanMasks:
     pair (Q, Q) or (B, 1, K, Q, Q): source column to target row inside a chunk. to_end (B, 1, K, Q)
     source to its chunk's end and from_start (B, 1, K, Q) chunk's start to target are None where all
     ones. boundary (K + 1, K + 1) or (B, 1, K + 1, K + 1): state at one chunk boundary to a later
-    one. segments (B, T): number of resets so far, None without resets.
+    one. segments (B, T): number of resets so far, None without resets. The Triton kernels compare
+    segments and need no factors: pair and boundary are None then.
     """
 
     chunk_len: int
-    pair: Tensor
-    boundary: Tensor
+    pair: Tensor | None = None
+    boundary: Tensor | None = None
     to_end: Tensor | None = None
     from_start: Tensor | None = None
     segments: Tensor | None = None
@@ -119,8 +120,12 @@ class ScanMasks:
         chunk_len: int,
         reset_mask: Tensor | None = None,
         valid_mask: Tensor | None = None,
+        backend: str = "torch",
     ) -> ScanMasks:
         """Masks (B, T) bool of the rows of like (B, T, ...), in its dtype and on its device."""
+        if backend == "triton":
+            counted = None if reset_mask is None else reset_mask.long().cumsum(1)
+            return cls(chunk_len=chunk_len, segments=counted)
         batch, length = like.shape[:2]
         size = min(chunk_len, length)
         chunks = -(-length // size)
@@ -255,7 +260,11 @@ def mamba_scan(
     """
     if masks is None:
         masks = ScanMasks.create(
-            inputs.x, chunk_len=chunk_len, reset_mask=reset_mask, valid_mask=valid_mask
+            inputs.x,
+            chunk_len=chunk_len,
+            reset_mask=reset_mask,
+            valid_mask=valid_mask,
+            backend=backend,
         )
     b, c, log_decay, theta = inputs.b, inputs.c, inputs.log_decay, inputs.theta
     gamma, carry = inputs.dt, None
