@@ -50,7 +50,10 @@ class Build:
         return triton.compile(source, target=target, options=options)
 
 
-def builds(architecture: int) -> list[Build]:
+OPERANDS = ("bf16", "fp32")  # in which a kernel of several may multiply
+
+
+def builds(architecture: int, operands: tuple[str, ...] = OPERANDS) -> list[Build]:
     """All kernels with the launch settings that their launchers choose on this architecture."""
     product, gradient = product_tiles(16384, architecture), gradient_tiles(architecture)
     return [
@@ -100,26 +103,22 @@ def builds(architecture: int) -> list[Build]:
             warps=gradient.warps,
             stages=gradient.stages,
         ),
-        *scan_builds(architecture),
+        *(build for kind in operands for build in scan_builds(architecture, kind)),
     ]
 
 
-def scan_builds(architecture: int) -> list[Build]:
-    """The scan's kernels at the default network's sizes, with document boundaries; in bf16 and in
-    fp32, and each of the two uses of a kernel that serves forward and backward."""
-    found = []
-    for in_bf16 in (True, False):
-        shape = ScanShape(
-            *(4, 512, 24, 4, 128, 64, 128),  # B, T, H, R, N, P, L
-            tiles=scan_tiles(128, 128, 64, architecture, in_bf16=in_bf16),
-            has_rank_in=True,
-            has_resets=True,
-            in_bf16=in_bf16,
-        )
-        for kernel, uses in _SCAN_KERNELS:
-            for use in uses:
-                found.append(_scan_build(shape, kernel, use))
-    return found
+def scan_builds(architecture: int, operands: str) -> list[Build]:
+    """The scan's kernels at the default network's sizes, with document boundaries, and each of the
+    two uses of a kernel that serves forward and backward."""
+    in_bf16 = operands == "bf16"
+    shape = ScanShape(
+        *(4, 512, 24, 4, 128, 64, 128),  # B, T, H, R, N, P, L
+        tiles=scan_tiles(128, 128, 64, architecture, in_bf16=in_bf16),
+        has_rank_in=True,
+        has_resets=True,
+        in_bf16=in_bf16,
+    )
+    return [_scan_build(shape, kernel, use) for kernel, uses in _SCAN_KERNELS for use in uses]
 
 
 _SCAN_KERNELS: tuple[tuple[Any, tuple[dict[str, Any], ...]], ...] = (
