@@ -35,7 +35,7 @@ def multiply_add(a, b, sums, DOT_IN_BF16: tl.constexpr):
     if DOT_IN_BF16:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
     else:
-        return tl.dot(a, b, sums, input_precision="tf32x3")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32x3")
 
 
 @triton.jit
