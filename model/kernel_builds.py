@@ -14,9 +14,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from model import attention_kernel_src as attention
 from model import sigma_kernel_backward as backward
 from model import sigma_kernel_src as scan
 from model import triton_kernels as kernels
+from model.attention_kernels import AttentionShape, attention_tiles
 from model.sigma_kernels import ScanShape, scan_tiles
 from model.ternary_linear import gradient_tiles, product_tiles
 
@@ -29,6 +31,7 @@ class Build:
     pointers: dict[str, str]
     numbers: tuple[str, ...]
     constants: dict[str, Any]
+    reals: tuple[str, ...] = ()
     warps: int = 4
     stages: int = 3
     use: str = ""  # what tells specialisations of one kernel apart
@@ -37,7 +40,8 @@ class Build:
         """Triton's result for compute capability `architecture`, arguments aligned as usual."""
         names = self.kernel.arg_names
         signature = {name: f"*{kind}" for name, kind in self.pointers.items()}
-        signature |= dict.fromkeys(self.numbers, "i32") | dict.fromkeys(self.constants, "constexpr")
+        signature |= dict.fromkeys(self.numbers, "i32") | dict.fromkeys(self.reals, "fp32")
+        signature |= dict.fromkeys(self.constants, "constexpr")
         aligned = [["tt.divisibility", 16]]
         source = ASTSource(
             fn=self.kernel,
@@ -104,6 +108,7 @@ def builds(architecture: int, operands: tuple[str, ...] = OPERANDS) -> list[Buil
             stages=gradient.stages,
         ),
         *(build for kind in operands for build in scan_builds(architecture, kind)),
+        *(build for kind in operands for build in attention_builds(architecture, kind)),
     ]
 
 
@@ -152,3 +157,39 @@ def _scan_build(shape: ScanShape, kernel: Any, use: dict[str, Any]) -> Build:
         stages=shape.tiles.stages,
         use=" ".join(["bf16" if shape.in_bf16 else "fp32", *(k for k, v in use.items() if v)]),
     )
+
+
+def attention_builds(architecture: int, operands: str) -> list[Build]:
+    """Differential attention at the default network's sizes, with documents; bf16 throughout but
+    for the statistics of rows and the heads' parts of the rotary key's gradient."""
+    in_bf16 = operands == "bf16"
+    shape = AttentionShape(
+        *(4, 512, 512, 2, 12, 64, 32, 64),  # B, T, S, maps, H, widths of content, rotary, value
+        tiles=attention_tiles(64, architecture, in_bf16=in_bf16),
+        has_documents=True,
+        in_bf16=in_bf16,
+    )
+    exact = ("lam_ptr", "log_sum_ptr", "delta_ptr", "grad_k_rope_ptr")
+    found = []
+    for kernel in (
+        *(attention.attention_kernel, attention.delta_kernel),
+        *(attention.query_gradient_kernel, attention.key_gradient_kernel),
+    ):
+        names = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        pointers = {n: "bf16" if in_bf16 and n not in exact else "fp32" for n in names}
+        if "documents_ptr" in pointers:
+            pointers["documents_ptr"] = "i32"
+        numbers = (n for n in kernel.arg_names if n not in names and not n.isupper())
+        found.append(
+            Build(
+                kernel=kernel,
+                pointers=pointers,
+                numbers=tuple(name for name in numbers if name != "scale"),
+                reals=tuple(name for name in kernel.arg_names if name == "scale"),
+                constants=shape.constants_of(kernel),
+                warps=shape.tiles.warps,
+                stages=shape.tiles.stages,
+                use=operands,
+            )
+        )
+    return found

@@ -306,9 +306,9 @@ def _shared_gradients(
 
 
 def scan_chunks(
-    x: Tensor, *, rank_in: Tensor | None, b: Tensor, c: Tensor, log_decay: Tensor, weight: Tensor,
+    x: Tensor, rank_in: Tensor | None, b: Tensor, c: Tensor, log_decay: Tensor, weight: Tensor,
     gamma: Tensor, skip: Tensor, start: Tensor | None = None, segments: Tensor | None = None,
-    chunk_len: int, in_bf16: bool = False, tiles: ScanTiles | None = None,
+    *, chunk_len: int, in_bf16: bool = False, tiles: ScanTiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked scan of rotated b, c: y (B, T, H, R, P) and the state after the row, fp32.
 

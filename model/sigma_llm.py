@@ -243,9 +243,9 @@ class SigmaLLM(SigmaTrunk):
         return weights
 
     def use_kernels(self, backend: str) -> None:
-        """Compute ternary products and scans with `torch` or `triton`: the same functions."""
+        """Compute ternary products, scans and attention with `torch` or `triton`."""
         for module in self.modules():
-            if isinstance(module, BitLinear | Mamba):
+            if isinstance(module, BitLinear | Mamba | MLA):
                 module.backend = backend
 
     @contextmanager

@@ -255,17 +255,11 @@ def mamba_scan(
     reset_mask (B, T): a document starts here, nothing earlier is seen. valid_mask (B, T): False =
     padding, which contributes nothing and passes the state on. `masks` may be given to build them
     once for several scans. Computed in the dtype of x; gradients flow through states, too.
-    backend: "triton" runs the kernels of `model.sigma_kernels`, in fp32 or (in_bf16) with products
-    of bf16 operands; what surrounds them is the same.
+    backend "triton": by the kernels of `model.sigma_kernels`, in_bf16 with products in bf16.
     """
     if masks is None:
-        masks = ScanMasks.create(
-            inputs.x,
-            chunk_len=chunk_len,
-            reset_mask=reset_mask,
-            valid_mask=valid_mask,
-            backend=backend,
-        )
+        given = {"reset_mask": reset_mask, "valid_mask": valid_mask, "backend": backend}
+        masks = ScanMasks.create(inputs.x, chunk_len=chunk_len, **given)
     b, c, log_decay, theta = inputs.b, inputs.c, inputs.log_decay, inputs.theta
     gamma, carry = inputs.dt, None
     if inputs.trap is not None:
@@ -290,15 +284,12 @@ def mamba_scan(
 
         if valid_mask is not None:
             weight = weight.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
-        y, h = scan_chunks(
-            inputs.x, rank_in=inputs.rank_in, b=b, c=c, log_decay=log_decay, weight=weight,
-            gamma=gamma, skip=inputs.skip, start=start, segments=masks.segments,
-            chunk_len=chunk_len, in_bf16=in_bf16,
-        )  # fmt: skip
+        values = (inputs.x, inputs.rank_in, b, c, log_decay, weight, gamma, inputs.skip, start)
+        y, h = scan_chunks(*values, masks.segments, chunk_len=chunk_len, in_bf16=in_bf16)
     else:
-        log_weight = weight.clamp_min(_TINY).log()
+        weight = weight.clamp_min(_TINY).log()
         y, h = ChunkedScan.apply(
-            inputs.x, inputs.rank_in, b, c, log_decay, log_weight, gamma, inputs.skip, start, masks
+            inputs.x, inputs.rank_in, b, c, log_decay, weight, gamma, inputs.skip, start, masks
         )
     prev_b, prev_x = b[:, -1], inputs.x[:, -1]
     if valid_mask is not None:
