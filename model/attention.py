@@ -30,6 +30,7 @@ from model.sequence import SequenceContext
 
 QUERY_BLOCK = 64
 MAX_BLOCKED_KEYS = 1024
+SAMPLED_QUERIES = 32  # from which the size of the subtracted term is estimated
 PADDING = -1  # document number of a position that is not text
 
 
@@ -245,7 +246,7 @@ def subtracted_share(
     scale: float,
     lam: Tensor,
     blocked: Tensor | None = None,
-    num_queries: int = 32,
+    num_queries: int = SAMPLED_QUERIES,
 ) -> Tensor:
     """||lam A2 v|| / ||A1 v|| over the last queries of the first row, a 0-d tensor.
 

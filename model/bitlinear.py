@@ -223,7 +223,8 @@ def _scaled(value: Tensor, token_scale: Tensor | None, row_scale: Tensor | None)
     return result.to(value.dtype)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which products of x run: autocast's if it is on, else that of x."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -245,7 +246,7 @@ def bit_linear(
     where it can (one scale per row, rounded activations, one weight). Returns (..., out) in x's
     dtype, or in autocast's.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     one_scale = not 0 < group_size < weight.shape[-1]
     if backend == "triton" and one_scale and quantize_activations and weight.dim() == 2:
         from model.ternary_linear import ternarize_rows, ternary_linear

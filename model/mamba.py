@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.bitlinear import BitLinear
+from model.bitlinear import BitLinear, compute_dtype
 from model.config import SigmaModelConfig
 from model.norm_rope import rms_norm
 from model.sequence import SequenceContext
@@ -99,6 +99,7 @@ class Mamba(nn.Module):
         self.d_inner, self.d_state = config.d_inner, config.mamba_d_state
         self.rank = config.mimo_rank
         self.chunk_len, self.eps = config.mamba_chunk_len, config.norm_eps
+        self.backend = "torch"
         self.num_angles = int(self.d_state * config.mamba_rope_fraction) // 2
         self.trapezoid = config.mamba_trapezoid
         heads, rank, width = self.num_heads, self.rank, self.head_dim
@@ -147,6 +148,7 @@ class Mamba(nn.Module):
         """
         inputs, z = self.scan_inputs(x)
         reset, valid = context.reset_mask, context.valid_mask
+        in_bf16 = compute_dtype(x) is torch.bfloat16
         with torch.autocast(device_type=x.device.type, enabled=False):
             if state is not None and x.shape[1] == 1:
                 y, new_state = mamba_step(inputs, state, reset_mask=reset, valid_mask=valid)
@@ -158,6 +160,8 @@ class Mamba(nn.Module):
                     valid_mask=valid,
                     state=state,
                     masks=self._masks(context, inputs.x),
+                    backend=self.backend,
+                    in_bf16=in_bf16,
                 )
         if self.training and torch.is_grad_enabled():
             self._note(inputs, new_state)
@@ -196,13 +200,14 @@ class Mamba(nn.Module):
 
     def _masks(self, context: SequenceContext, like: Tensor) -> ScanMasks:
         """Masks of this forward, shared by all Mamba blocks."""
-        key = f"mamba_{self.chunk_len}_{like.dtype}"
+        key = f"mamba_{self.chunk_len}_{like.dtype}_{self.backend}"
         if key not in context.cache:
             context.cache[key] = ScanMasks.create(
                 like,
                 chunk_len=self.chunk_len,
                 reset_mask=context.reset_mask,
                 valid_mask=context.valid_mask,
+                backend=self.backend,
             )
         return context.cache[key]
 

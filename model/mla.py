@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from model.attention import (
     PADDING,
+    SAMPLED_QUERIES,
     attend,
     blocked_pairs,
     context_blocked_pairs,
     context_documents,
     subtracted_share,
 )
-from model.bitlinear import BitLinear, fused_linear
+from model.bitlinear import BitLinear, compute_dtype, fused_linear
 from model.config import SigmaModelConfig
 from model.norm_rope import RMSNorm, apply_rope, context_rope_table
 from model.sequence import SequenceContext
@@ -177,6 +178,7 @@ class MLA(nn.Module):
         self.sub_norm = RMSNorm(outputs, eps=config.norm_eps) if config.sub_norm else None
         self.out_proj = linear(outputs, width)
         self._statistics: Tensor | None = None
+        self.backend = "torch"
         if self.differential:
             self._add_gate(config)
 
@@ -224,15 +226,22 @@ class MLA(nn.Module):
         if continued and state is not None:
             held = slice(0, state.length)
             latent, rotary_key = state.latent[:, held], state.rotary_key[:, held]
-            blocked = None
-            if state.documents is not None:
-                blocked = blocked_pairs(state.documents[:, held], x.shape[1])
+            documents = None if state.documents is None else state.documents[:, held]
         else:
-            blocked = context_blocked_pairs(context)
+            documents = context_documents(context)
         if absorb is None:
             absorb = continued and self._absorption_pays(x.shape[1])
-        compute = self._attend_absorbed if absorb else self._attend_expanded
-        y = compute(q_content, q_rope, latent, rotary_key, lam, blocked)  # (B, T, H d_h)
+        if self.backend == "triton" and not absorb:
+            in_bf16 = compute_dtype(x) is torch.bfloat16
+            y = self._attend_fused(
+                q_content, q_rope, latent, rotary_key, lam, documents, in_bf16=in_bf16
+            )
+        else:
+            compute = self._attend_absorbed if absorb else self._attend_expanded
+            blocked = context_blocked_pairs(context)
+            if continued:
+                blocked = None if documents is None else blocked_pairs(documents, x.shape[1])
+            y = compute(q_content, q_rope, latent, rotary_key, lam, blocked)  # (B, T, H d_h)
         if self.sub_norm is not None:
             y = self.sub_norm(y)
         return self.out_proj(y), state if keep else None
@@ -282,6 +291,42 @@ class MLA(nn.Module):
             self._record(q, k, v, lam, blocked)
         out = attend(q, k, v, scale=self.scale, lam=lam, blocked=blocked)
         return out.flatten(2)
+
+    def _attend_fused(
+        self,
+        q_content: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        rotary_key: Tensor,
+        lam: Tensor | None,
+        documents: Tensor | None,
+        *,
+        in_bf16: bool,
+    ) -> Tensor:
+        """The expanded form by kernels that take its parts as they are, without a mask."""
+        from model.attention_kernels import attend_parts
+
+        shape = (*latent.shape[:2], self.heads, self.d_head)
+        k, v = self.k_content_up(latent).view(shape), self.v_up(latent).view(shape)
+        if lam is not None and self.training and torch.is_grad_enabled():
+            rows = slice(-SAMPLED_QUERIES, None)
+            q = torch.cat((q_content[:1, :, :, rows], q_rope[:1, :, :, rows]), dim=-1)
+            shared = rotary_key[:1].unsqueeze(2).expand(-1, -1, self.heads, -1)
+            keys = torch.cat((k[:1], shared.to(k.dtype)), dim=-1).transpose(1, 2)
+            blocked = None if documents is None else blocked_pairs(documents[:1], q.shape[3])
+            self._record(q, keys, v[:1].transpose(1, 2), lam, blocked)
+        out = attend_parts(
+            q_content.permute(0, 3, 2, 1, 4),
+            q_rope.permute(0, 3, 2, 1, 4),
+            k,
+            rotary_key,
+            v,
+            scale=self.scale,
+            lam=None if lam is None else lam.squeeze(-1),
+            documents=documents,
+            in_bf16=in_bf16,
+        )
+        return out.to(q_content.dtype).flatten(2)
 
     def _attend_absorbed(
         self,

@@ -22,6 +22,7 @@ from model.config import SigmaModelConfig
 from model.cross_entropy import linear_cross_entropy
 from model.engram import Engram
 from model.initialization import initialize
+from model.mamba import Mamba
 from model.mla import MLA
 from model.moe import Experts, MoE
 from model.norm_rope import RMSNorm
@@ -242,9 +243,9 @@ class SigmaLLM(SigmaTrunk):
         return weights
 
     def use_kernels(self, backend: str) -> None:
-        """Compute ternary products with `torch` or `triton`; the layers' function is the same."""
+        """Compute ternary products, scans and attention with `torch` or `triton`."""
         for module in self.modules():
-            if isinstance(module, BitLinear):
+            if isinstance(module, BitLinear | Mamba | MLA):
                 module.backend = backend
 
     @contextmanager

@@ -101,12 +101,13 @@ class ScanMasks:
     pair (Q, Q) or (B, 1, K, Q, Q): source column to target row inside a chunk. to_end (B, 1, K, Q)
     source to its chunk's end and from_start (B, 1, K, Q) chunk's start to target are None where all
     ones. boundary (K + 1, K + 1) or (B, 1, K + 1, K + 1): state at one chunk boundary to a later
-    one. segments (B, T): number of resets so far, None without resets.
+    one. segments (B, T): number of resets so far, None without resets. The Triton kernels compare
+    segments and need no factors: pair and boundary are None then.
     """
 
     chunk_len: int
-    pair: Tensor
-    boundary: Tensor
+    pair: Tensor | None = None
+    boundary: Tensor | None = None
     to_end: Tensor | None = None
     from_start: Tensor | None = None
     segments: Tensor | None = None
@@ -119,8 +120,12 @@ class ScanMasks:
         chunk_len: int,
         reset_mask: Tensor | None = None,
         valid_mask: Tensor | None = None,
+        backend: str = "torch",
     ) -> ScanMasks:
         """Masks (B, T) bool of the rows of like (B, T, ...), in its dtype and on its device."""
+        if backend == "triton":
+            counted = None if reset_mask is None else reset_mask.long().cumsum(1)
+            return cls(chunk_len=chunk_len, segments=counted)
         batch, length = like.shape[:2]
         size = min(chunk_len, length)
         chunks = -(-length // size)
@@ -242,17 +247,19 @@ def mamba_scan(
     valid_mask: Tensor | None = None,
     state: MambaState | None = None,
     masks: ScanMasks | None = None,
+    backend: str = "torch",
+    in_bf16: bool = False,
 ) -> tuple[Tensor, MambaState]:
     """Chunked scan over T >= 1 steps: y (B, T, H, R, P) and the state after the last step.
 
     reset_mask (B, T): a document starts here, nothing earlier is seen. valid_mask (B, T): False =
     padding, which contributes nothing and passes the state on. `masks` may be given to build them
     once for several scans. Computed in the dtype of x; gradients flow through states, too.
+    backend "triton": by the kernels of `model.sigma_kernels`, in_bf16 with products in bf16.
     """
     if masks is None:
-        masks = ScanMasks.create(
-            inputs.x, chunk_len=chunk_len, reset_mask=reset_mask, valid_mask=valid_mask
-        )
+        given = {"reset_mask": reset_mask, "valid_mask": valid_mask, "backend": backend}
+        masks = ScanMasks.create(inputs.x, chunk_len=chunk_len, **given)
     b, c, log_decay, theta = inputs.b, inputs.c, inputs.log_decay, inputs.theta
     gamma, carry = inputs.dt, None
     if inputs.trap is not None:
@@ -272,10 +279,18 @@ def mamba_scan(
         weight = gamma + following
         if state is not None:
             start = state.h + first[..., None, None] * _outer(inputs, state.prev_b, state.prev_x)
-    log_weight = weight.clamp_min(_TINY).log()
-    y, h = ChunkedScan.apply(
-        inputs.x, inputs.rank_in, b, c, log_decay, log_weight, gamma, inputs.skip, start, masks
-    )
+    if backend == "triton":
+        from model.sigma_kernels import scan_chunks
+
+        if valid_mask is not None:
+            weight = weight.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
+        values = (inputs.x, inputs.rank_in, b, c, log_decay, weight, gamma, inputs.skip, start)
+        y, h = scan_chunks(*values, masks.segments, chunk_len=chunk_len, in_bf16=in_bf16)
+    else:
+        weight = weight.clamp_min(_TINY).log()
+        y, h = ChunkedScan.apply(
+            inputs.x, inputs.rank_in, b, c, log_decay, weight, gamma, inputs.skip, start, masks
+        )
     prev_b, prev_x = b[:, -1], inputs.x[:, -1]
     if valid_mask is not None:
         prev_b, prev_x = _last_valid(inputs, b, valid_mask, masks.segments, state)

@@ -184,7 +184,7 @@ class PrecisionConfig:
     no_amp: bool = flag(False, "Disable autocast (fp32).")
     kernel_backend: str = flag(
         "torch",
-        "Products of ternary layers: torch, or triton (int8 tensor cores, 8-bit input gradients).",
+        "Ternary products, scan, attention: torch, or triton (int8 cores, 8-bit input gradients).",
         choices=("torch", "triton"),
     )
     torch_compile: bool = flag(True, "Compile the model.")
