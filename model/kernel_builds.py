@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from model import cross_entropy_kernels, fused_cross_entropy
 from model import triton_kernels as kernels
 from model.ternary_linear import gradient_tiles, product_tiles
 
@@ -48,6 +49,10 @@ class Build:
 
 def builds(architecture: int) -> list[Build]:
     """All kernels with the launch settings that their launchers choose on this architecture."""
+    return [*_linear_builds(architecture), *_cross_entropy_builds(architecture)]
+
+
+def _linear_builds(architecture: int) -> list[Build]:
     product, gradient = product_tiles(16384, architecture), gradient_tiles(architecture)
     return [
         Build(
@@ -97,3 +102,51 @@ def builds(architecture: int) -> list[Build]:
             stages=gradient.stages,
         ),
     ]
+
+
+def _cross_entropy_builds(architecture: int) -> list[Build]:
+    result = []
+    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
+        tiles = fused_cross_entropy.logits_tiles(architecture, itemsize)
+        launch = {"warps": tiles.warps, "stages": tiles.stages}
+        logits = {"BLOCK_M": tiles.m, "BLOCK_V": tiles.n, "BLOCK_K": tiles.k}
+        given = {"hidden_ptr": kind, "weight_ptr": kind, "labels_ptr": "i64"}
+        sizes = ("num_rows", "vocabulary", "depth", "hidden_stride", "weight_stride")
+        result += [
+            Build(
+                kernel=cross_entropy_kernels.logit_statistics_kernel,
+                pointers={**given, "normaliser_ptr": "fp32", "picked_ptr": "fp32"},
+                numbers=(*sizes, "blocks_per_split"),
+                constants=logits,
+                **launch,
+            ),
+            Build(
+                kernel=cross_entropy_kernels.logit_gradient_kernel,
+                pointers={**given, "normaliser_ptr": "fp32", "grad_ptr": kind},
+                numbers=(*sizes, "grad_stride"),
+                constants={**logits, "GROUP_M": 8, "IGNORED": fused_cross_entropy.IGNORED},
+                **launch,
+            ),
+        ]
+        # dh = G W, and dW = G^T h with the depth along G's rows.
+        for add, unit, stride in (
+            (False, "a_depth_stride", "a_row_stride"),
+            (True, "a_row_stride", "a_depth_stride"),
+        ):
+            product = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": 8}
+            result.append(
+                Build(
+                    kernel=cross_entropy_kernels.scaled_product_kernel,
+                    pointers={
+                        **{"a_ptr": kind, "b_ptr": kind},
+                        **{"scale_ptr": "fp32", "out_ptr": "fp32"},
+                    },
+                    numbers=(
+                        *("num_rows", "num_columns", "depth"),
+                        *(stride, "b_stride", "out_stride"),
+                    ),
+                    constants={**product, unit: 1, "ADD": add},
+                    **launch,
+                )
+            )
+    return result

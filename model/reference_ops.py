@@ -78,15 +78,24 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x * (127.0 / peak)[:, None]), peak / 127.0
 
 
-def ternary_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def ternary_linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of bit_linear for x (M, K) and weight (N, K), the output gradient (M, N) times the
     weight's scales being rounded to 8 bits per token: dx = sg (cg q), dW = (dy sx)^T cx."""
     codes, scale = ternarize(weight)
     grad_codes, grad_scale = round_rows(grad * scale[:, 0])
     x_codes, x_scale = round_rows(x)
     return (grad_codes @ codes) * grad_scale[:, None], (grad * x_scale[:, None]).T @ x_codes
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Mean of logsumexp(z) - z[label], z = W h, over the rows of hidden (N, D) whose label (N,) is
+    not -100, or 0; weight (V, D)."""
+    terms = []
+    for h, label in zip(hidden, labels.tolist()):
+        if label != -100:
+            z = weight @ h
+            terms.append(torch.logsumexp(z, 0) - z[label])
+    return torch.stack(terms).mean() if terms else 0.0 * (hidden.sum() + weight.sum())
 
 
 def visible(

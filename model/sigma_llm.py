@@ -170,6 +170,7 @@ class SigmaLLM(SigmaTrunk):
             if not config.tie_embeddings:
                 self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         initialize(self, config, seed=seed)
+        self.kernel_backend = "torch"
         self.ternary_statistics = TernaryStatistics()
         self.cache_counts = (0, 0)
 
@@ -204,7 +205,10 @@ class SigmaLLM(SigmaTrunk):
         )
         loss = logits = None
         if labels is not None:
-            loss = linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels.flatten())
+            rows = hidden.flatten(0, 1)
+            loss = linear_cross_entropy(
+                rows, self.head_weight, labels.flatten(), backend=self.kernel_backend
+            )
         if labels is None or num_logits_to_keep > 0:
             kept = hidden[:, -num_logits_to_keep:]
             logits = F.linear(kept, self.head_weight).float()
@@ -242,7 +246,8 @@ class SigmaLLM(SigmaTrunk):
         return weights
 
     def use_kernels(self, backend: str) -> None:
-        """Compute ternary products with `torch` or `triton`; the layers' function is the same."""
+        """Compute ternary products and the loss with `torch` or `triton`: the same functions."""
+        self.kernel_backend = backend
         for module in self.modules():
             if isinstance(module, BitLinear):
                 module.backend = backend

@@ -12,6 +12,7 @@ Source: 2402.17764 (the layer); int8 gradients of inputs as in SwitchBack 2304.1
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,21 @@ def device_capability(x: Tensor) -> int:
     return 10 * major + minor
 
 
+INTERPRETED_PROCESSORS = 8  # the interpreter has one; more of them split sums as a device would
+
+
+@cache
+def _cuda_processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processor_count(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device, asked once per device."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return _cuda_processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def quantize_rows(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows of x (M, K), times column_scale (K,) if given, as int8 codes (M, K) and scales (M,)."""
     rows, columns = x.shape
@@ -136,12 +152,15 @@ def int8_product(
 
 
 def weight_gradient(
-    grad: Tensor, codes: Tensor, scale: Tensor, *, in_bf16: bool, processors: int = 108
+    grad: Tensor, codes: Tensor, scale: Tensor, *, in_bf16: bool, processors: int | None = None
 ) -> Tensor:
     """(grad * scale)^T codes over the rows: grad (M, N), codes (M, K) int8; (N, K) in fp32.
 
-    processors: multiprocessors of the device; the rows are split until every one has a tile.
+    processors: multiprocessors (the device's by default); the rows are split until every one has
+    a tile.
     """
+    if processors is None:
+        processors = processor_count(grad.device)
     (rows, outputs), inputs = grad.shape, codes.shape[1]
     if grad.stride(1) != 1:
         grad = grad.contiguous()

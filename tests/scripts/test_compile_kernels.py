@@ -45,6 +45,15 @@ def test_int8_products_run_on_integer_tensor_cores(compiled):
         assert len(used) == len(row["tensor_core"])  # and on nothing else
 
 
+def test_logits_in_bf16_are_formed_on_tensor_cores(compiled):
+    instructions = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    for architecture in ARCHITECTURES:
+        rows = [row for row in compiled if row["architecture"] == architecture]
+        used = [row["tensor_core"] for row in rows if row["kernel"] == "logit_gradient_kernel"]
+        assert any(name.startswith(instructions.get(architecture, "mma.sync")) for name in used[0])
+        assert used[1] == []  # fp32 is not rounded to fit one
+
+
 def test_the_pattern_does_not_take_other_instructions_for_products():
     assert not TENSOR_CORE.findall("fma.rn.f32 %f1; mul.lo.s32; wgmma.fence.sync.aligned;")
     assert TENSOR_CORE.findall("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32 {")
