@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,7 +23,13 @@ from model.cross_entropy_kernels import (
     logit_statistics_kernel,
     scaled_product_kernel,
 )
-from model.ternary_linear import Tiles, device_capability, processor_count
+from model.launch import (
+    Tiles,
+    cdiv,
+    device_capability,
+    launcher,
+    processor_count,
+)
 
 IGNORED = -100
 MAX_GRADIENT_ENTRIES = 2**25  # 64 MiB in a 16-bit type
@@ -45,10 +50,10 @@ def logits_tiles(capability: int, itemsize: int) -> Tiles:
 
 def count_splits(num_rows: int, vocabulary: int, tiles: Tiles, processors: int) -> tuple[int, int]:
     """Parts of the vocabulary and blocks in each, so that every multiprocessor has a program."""
-    blocks = triton.cdiv(vocabulary, tiles.n)
-    wanted = triton.cdiv(2 * processors, triton.cdiv(num_rows, tiles.m))
-    per_split = triton.cdiv(blocks, min(wanted, MAX_SPLITS, blocks))
-    return triton.cdiv(blocks, per_split), per_split
+    blocks = cdiv(vocabulary, tiles.n)
+    wanted = cdiv(2 * processors, cdiv(num_rows, tiles.m))
+    per_split = cdiv(blocks, min(wanted, MAX_SPLITS, blocks))
+    return cdiv(blocks, per_split), per_split
 
 
 def logit_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,14 +64,13 @@ def logit_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Te
     (rows, depth), vocabulary = hidden.shape, weight.shape[0]
     tiles = logits_tiles(device_capability(hidden), hidden.element_size())
     splits, per_split = count_splits(rows, vocabulary, tiles, processor_count(hidden.device))
+    grid = (cdiv(rows, tiles.m), splits)
     normaliser = torch.empty(splits, rows, dtype=torch.float32, device=hidden.device)
     picked = torch.empty_like(normaliser)
-    logit_statistics_kernel[(triton.cdiv(rows, tiles.m), splits)](
+    launcher(logit_statistics_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
         *(hidden, weight, labels, normaliser, picked, rows, vocabulary, depth),
         *(hidden.stride(0), weight.stride(0), per_split),
         **{"BLOCK_M": tiles.m, "BLOCK_V": tiles.n, "BLOCK_K": tiles.k},
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
     return torch.logsumexp(normaliser, 0), picked.sum(0)
 
@@ -77,14 +81,12 @@ def logit_gradient(
     """softmax - one hot of the rows into `out` (N or more, V or more); returns its (N, V) part."""
     (rows, depth), vocabulary = hidden.shape, weight.shape[0]
     tiles = logits_tiles(device_capability(hidden), hidden.element_size())
-    grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(vocabulary, tiles.n),)
-    logit_gradient_kernel[grid](
+    grid = (cdiv(rows, tiles.m) * cdiv(vocabulary, tiles.n),)
+    launcher(logit_gradient_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
         *(hidden, weight, labels, normaliser, out, rows, vocabulary, depth),
         *(hidden.stride(0), weight.stride(0), out.stride(0)),
         IGNORED=IGNORED,
         **{"BLOCK_M": tiles.m, "BLOCK_V": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": 8},
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
     return out[:rows, :vocabulary]
 
@@ -96,13 +98,12 @@ def scaled_product(a: Tensor, b: Tensor, scale: Tensor, *, out: Tensor, add: boo
     """
     (rows, depth), columns = a.shape, b.shape[1]
     tiles = logits_tiles(device_capability(b), b.element_size())
-    scaled_product_kernel[(triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),)](
+    grid = (cdiv(rows, tiles.m) * cdiv(columns, tiles.n),)
+    launcher(scaled_product_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
         *(a, b, scale, out, rows, columns, depth),
         *(a.stride(0), a.stride(1), b.stride(0), out.stride(0)),
         ADD=add,
         **{"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": 8},
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
 
 
@@ -141,7 +142,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             make = torch.empty if rows else torch.zeros
             grad_weight = make(vocabulary, depth, dtype=torch.float32, device=hidden.device)
-        width = triton.cdiv(vocabulary, ROW_GRAIN) * ROW_GRAIN
+        width = cdiv(vocabulary, ROW_GRAIN) * ROW_GRAIN
         size = min(rows, max(ROW_GRAIN, MAX_GRADIENT_ENTRIES // width))
         store = torch.empty(size, width, dtype=ctx.dtype, device=hidden.device)
         operand = _operand(weight, ctx.dtype)

@@ -60,9 +60,13 @@ def _linear_builds(architecture: int) -> list[Build]:
             pointers={
                 **{"x_ptr": "bf16", "column_scale_ptr": "fp32"},
                 **{"codes_ptr": "i8", "scale_ptr": "fp32"},
+                **{"source_ptr": "i64", "expert_ptr": "i64"},
             },
             numbers=("num_columns", "x_stride"),
-            constants={"HAS_COLUMN_SCALE": True, "BLOCK": 1024},
+            constants={
+                **{"HAS_COLUMN_SCALE": True, "HAS_SOURCE": True, "HAS_EXPERT": True},
+                "BLOCK": 1024,
+            },
         ),
         Build(
             kernel=kernels.ternarize_kernel,
@@ -70,7 +74,7 @@ def _linear_builds(architecture: int) -> list[Build]:
                 **{"weight_ptr": "fp32", "codes_ptr": "i8"},
                 **{"codes_t_ptr": "i8", "scale_ptr": "fp32"},
             },
-            numbers=("num_rows", "num_columns", "weight_stride"),
+            numbers=("num_rows", "num_columns", "weight_stride", "rows_per_matrix"),
             constants={"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256},
         ),
         Build(

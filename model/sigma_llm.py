@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from model.cross_entropy import linear_cross_entropy
 from model.engram import Engram
 from model.initialization import initialize
 from model.mla import MLA
-from model.moe import Experts, MoE
+from model.moe import DenseFeedForward, Experts, MoE
 from model.norm_rope import RMSNorm
 from model.sequence import SequenceContext
 from model.weight_cache import TernaryCache
@@ -251,6 +251,8 @@ class SigmaLLM(SigmaTrunk):
         for module in self.modules():
             if isinstance(module, BitLinear):
                 module.backend = backend
+            elif isinstance(module, DenseFeedForward | MoE):
+                module.settings = replace(module.settings, backend=backend)
 
     @contextmanager
     def weights_held(self) -> Iterator[TernaryCache]:

@@ -27,18 +27,30 @@ def quantize_rows_kernel(
     column_scale_ptr,
     codes_ptr,
     scale_ptr,
+    source_ptr,
+    expert_ptr,
     num_columns,
     x_stride,
     HAS_COLUMN_SCALE: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+    HAS_EXPERT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: codes = round(v * 127 / max|v|), scale = max|v| / 127, with v = x * column_scale."""
+    """One row: codes = round(v * 127 / max|v|), scale = max|v| / 127, with v = x * column_scale.
+
+    x is read in row source[row], and the scales of expert[row], where those are given.
+    """
     row = tl.program_id(0).to(tl.int64)
+    x_row = row
+    if HAS_SOURCE:
+        x_row = tl.load(source_ptr + row).to(tl.int64)
+    if HAS_EXPERT:
+        column_scale_ptr += tl.load(expert_ptr + row).to(tl.int64) * num_columns
     peak = tl.full((BLOCK,), 0.0, dtype=tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < num_columns
-        v = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x_ptr + x_row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_COLUMN_SCALE:
             v *= tl.load(column_scale_ptr + columns, mask=inside, other=0.0)
         peak = tl.maximum(peak, tl.abs(v))
@@ -48,7 +60,7 @@ def quantize_rows_kernel(
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < num_columns
-        v = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x_ptr + x_row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_COLUMN_SCALE:
             v *= tl.load(column_scale_ptr + columns, mask=inside, other=0.0)
         codes = (v * factor + _ROUND) - _ROUND
@@ -65,10 +77,14 @@ def ternarize_kernel(
     num_rows,
     num_columns,
     weight_stride,
+    rows_per_matrix,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """A block of rows of W: ternary codes in both layouts and the least-squares scale per row."""
+    """A block of rows of W: ternary codes in both layouts and the least-squares scale per row.
+
+    W is one matrix or a stack of them; the second layout transposes each by itself.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_inside = rows < num_rows
     total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
@@ -95,7 +111,9 @@ def ternarize_kernel(
         count += tl.sum(tl.abs(q), axis=1)
         codes = q.to(tl.int8)
         tl.store(codes_ptr + rows[:, None] * num_columns + columns[None, :], codes, mask=inside)
-        turned = columns[None, :].to(tl.int64) * num_rows + rows[:, None]
+        start_of_matrix = (rows // rows_per_matrix) * rows_per_matrix * num_columns
+        turned = columns[None, :].to(tl.int64) * rows_per_matrix
+        turned += (start_of_matrix + rows % rows_per_matrix)[:, None]
         tl.store(codes_t_ptr + turned, codes, mask=inside)
     tl.store(scale_ptr + rows, tl.div_rn(weighted, tl.maximum(count, 1.0)), mask=row_inside)
 
