@@ -143,10 +143,9 @@ def grouped_weight_gradient_kernel(
 
 
 @triton.jit
-def _swiglu_block(gate_up_ptr, row, columns, width):
-    """gate, up and sigmoid(gate) of a row's columns in fp32; 0 beyond the width."""
-    inside = columns < width
-    at = gate_up_ptr + row * 2 * width + columns
+def _swiglu_block(gate_up_ptr, rows, columns, inside, width):
+    """gate, up and sigmoid(gate) of a block of rows and columns in fp32; 0 outside."""
+    at = gate_up_ptr + rows[:, None] * 2 * width + columns[None, :]
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     return gate, up, 1.0 / (1.0 + tl.exp(-gate))
@@ -158,33 +157,42 @@ def activate_rows_kernel(
     codes_ptr,
     step_ptr,
     rate_ptr,
+    num_rows,
     width,
     SUB_NORM: tl.constexpr,
     EPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: codes and step of n = rate * silu(gate) * up, rate = 1 / rms, in two readings."""
-    row = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros((BLOCK,), dtype=tl.float32)
-    peak = tl.zeros((BLOCK,), dtype=tl.float32)
+    """Codes and step of rows n = rate * silu(gate) * up, rate = 1 / rms, in two readings."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_inside = rows < num_rows
+    ones = tl.full((BLOCK_ROWS,), 1.0, dtype=tl.float32)
+    squares = tl.zeros((BLOCK_ROWS, BLOCK), dtype=tl.float32)
+    peak = tl.zeros((BLOCK_ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, width, BLOCK):
-        gate, up, share = _swiglu_block(gate_up_ptr, row, start + tl.arange(0, BLOCK), width)
+        columns = start + tl.arange(0, BLOCK)
+        inside = row_inside[:, None] & (columns < width)[None, :]
+        gate, up, share = _swiglu_block(gate_up_ptr, rows, columns, inside, width)
         hidden = gate * share * up
         squares += hidden * hidden
         peak = tl.maximum(peak, tl.abs(hidden))
-    rate = 1.0
+    rate = ones
     if SUB_NORM:
-        rate = 1.0 / tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), width.to(tl.float32)) + EPS)
+        rate = tl.div_rn(ones, tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=1), ones * width) + EPS))
     # Multiplying by the rate keeps the order, so the peak of n is the peak times the rate.
-    largest = tl.maximum(tl.max(peak, axis=0) * rate, 1e-30)
-    factor = tl.div_rn(127.0, largest)
-    tl.store(step_ptr + row, tl.div_rn(largest, 127.0))
-    tl.store(rate_ptr + row, rate)
+    largest = tl.maximum(tl.max(peak, axis=1) * rate, 1e-30)
+    factor = tl.div_rn(ones * 127.0, largest)
+    tl.store(step_ptr + rows, tl.div_rn(largest, ones * 127.0), mask=row_inside)
+    tl.store(rate_ptr + rows, rate, mask=row_inside)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        gate, up, share = _swiglu_block(gate_up_ptr, row, columns, width)
-        codes = (gate * share * up * rate * factor + _ROUND) - _ROUND
-        tl.store(codes_ptr + row * width + columns, codes.to(tl.int8), mask=columns < width)
+        inside = row_inside[:, None] & (columns < width)[None, :]
+        gate, up, share = _swiglu_block(gate_up_ptr, rows, columns, inside, width)
+        n = gate * share * up * rate[:, None]
+        codes = (n * factor[:, None] + _ROUND) - _ROUND
+        codes_at = codes_ptr + rows[:, None] * width + columns[None, :]
+        tl.store(codes_at, codes.to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -197,42 +205,48 @@ def activation_gradient_kernel(
     gates_ptr,
     out_ptr,
     grad_gates_ptr,
+    num_rows,
     width,
     SUB_NORM: tl.constexpr,
     HAS_GATES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row, g the gradient of the rounded n before the row's gate w (1 without gates).
+    """Rows, g the gradient of the rounded n before the row's gate w (1 without gates).
 
     grad_gate = <g, codes step>; a = w rate (g - n mean(g n)), or w g without the norm; the
     gradient of [gate, up] is [a up silu'(gate), a silu(gate)].
     """
-    row = tl.program_id(0).to(tl.int64)
-    rate = tl.load(rate_ptr + row)
-    rounded = tl.zeros((BLOCK,), dtype=tl.float32)
-    exact = tl.zeros((BLOCK,), dtype=tl.float32)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_inside = rows < num_rows
+    rate = tl.load(rate_ptr + rows, mask=row_inside, other=0.0)
+    rounded = tl.zeros((BLOCK_ROWS, BLOCK), dtype=tl.float32)
+    exact = tl.zeros((BLOCK_ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
-        gate, up, share = _swiglu_block(gate_up_ptr, row, columns, width)
-        grad = tl.load(grad_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        codes = tl.load(codes_ptr + row * width + columns, mask=inside, other=0)
+        inside = row_inside[:, None] & (columns < width)[None, :]
+        at = rows[:, None] * width + columns[None, :]
+        gate, up, share = _swiglu_block(gate_up_ptr, rows, columns, inside, width)
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        codes = tl.load(codes_ptr + at, mask=inside, other=0)
         rounded += grad * codes.to(tl.float32)
-        exact += grad * (gate * share * up * rate)
-    weight = 1.0
+        exact += grad * (gate * share * up * rate[:, None])
+    weight = tl.full((BLOCK_ROWS,), 1.0, dtype=tl.float32)
     if HAS_GATES:
-        weight = tl.load(gates_ptr + row).to(tl.float32)
-        tl.store(grad_gates_ptr + row, tl.sum(rounded, axis=0) * tl.load(step_ptr + row))
-    mean = tl.sum(exact, axis=0) / width
+        weight = tl.load(gates_ptr + rows, mask=row_inside, other=0.0).to(tl.float32)
+        step = tl.load(step_ptr + rows, mask=row_inside, other=0.0)
+        tl.store(grad_gates_ptr + rows, tl.sum(rounded, axis=1) * step, mask=row_inside)
+    mean = tl.sum(exact, axis=1) / width
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
-        gate, up, share = _swiglu_block(gate_up_ptr, row, columns, width)
-        grad = tl.load(grad_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        inside = row_inside[:, None] & (columns < width)[None, :]
+        gate, up, share = _swiglu_block(gate_up_ptr, rows, columns, inside, width)
+        grad_at = grad_ptr + rows[:, None] * width + columns[None, :]
+        grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
         if SUB_NORM:
-            grad = rate * (grad - gate * share * up * rate * mean)
-        grad *= weight
-        out_at = out_ptr + row * 2 * width + columns
+            grad = rate[:, None] * (grad - gate * share * up * (rate * mean)[:, None])
+        grad *= weight[:, None]
+        out_at = out_ptr + rows[:, None] * 2 * width + columns[None, :]
         grad_gate = grad * up * share * (1.0 + gate * (1.0 - share))
         tl.store(out_at, grad_gate.to(out_ptr.dtype.element_ty), mask=inside)
         grad_up = grad * gate * share
@@ -245,20 +259,27 @@ def combine_rows_kernel(
     row_of_slot_ptr,
     gates_ptr,
     out_ptr,
+    num_tokens,
     width,
     TOP_K: tl.constexpr,
     HAS_GATES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[t] = sum over slots s of gates[t, s] * rows[row_of_slot[t, s]], in the order of slots."""
-    token = tl.program_id(0).to(tl.int64)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for slot in tl.static_range(TOP_K):  # pyright: ignore[reportGeneralTypeIssues]
-        row = tl.load(row_of_slot_ptr + token * TOP_K + slot).to(tl.int64)
-        values = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    token_inside = tokens < num_tokens
+    inside = token_inside[:, None] & (columns < width)[None, :]
+    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=tl.float32)
+    for slot in range(TOP_K):
+        slots = tokens * TOP_K + slot
+        rows = tl.load(row_of_slot_ptr + slots, mask=token_inside, other=0).to(tl.int64)
+        values_at = rows_ptr + rows[:, None] * width + columns[None, :]
+        values = tl.load(values_at, mask=inside, other=0.0).to(tl.float32)
         if HAS_GATES:
-            values *= tl.load(gates_ptr + token * TOP_K + slot).to(tl.float32)
+            gates = tl.load(gates_ptr + slots, mask=token_inside, other=0.0)
+            values *= gates.to(tl.float32)[:, None]
         total += values
-    tl.store(out_ptr + token * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+    out_at = out_ptr + tokens[:, None] * width + columns[None, :]
+    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=inside)

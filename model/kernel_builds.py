@@ -14,9 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model import cross_entropy_kernels, fused_cross_entropy
+from model import cross_entropy_kernels, expert_kernels, fused_cross_entropy
 from model import triton_kernels as kernels
-from model.ternary_linear import gradient_tiles, product_tiles
+from model.ternary_linear import gradient_tiles, product_tiles, row_block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,11 @@ class Build:
 
 def builds(architecture: int) -> list[Build]:
     """All kernels with the launch settings that their launchers choose on this architecture."""
-    return [*_linear_builds(architecture), *_cross_entropy_builds(architecture)]
+    return [
+        *_linear_builds(architecture),
+        *_cross_entropy_builds(architecture),
+        *_expert_builds(architecture),
+    ]
 
 
 def _linear_builds(architecture: int) -> list[Build]:
@@ -62,11 +66,12 @@ def _linear_builds(architecture: int) -> list[Build]:
                 **{"codes_ptr": "i8", "scale_ptr": "fp32"},
                 **{"source_ptr": "i64", "expert_ptr": "i64"},
             },
-            numbers=("num_columns", "x_stride"),
+            numbers=("num_rows", "num_columns", "x_stride"),
             constants={
                 **{"HAS_COLUMN_SCALE": True, "HAS_SOURCE": True, "HAS_EXPERT": True},
-                "BLOCK": 1024,
+                **row_block(1024).constants(),
             },
+            warps=row_block(1024).warps,
         ),
         Build(
             kernel=kernels.ternarize_kernel,
@@ -153,4 +158,75 @@ def _cross_entropy_builds(architecture: int) -> list[Build]:
                     **launch,
                 )
             )
+    return result
+
+
+def _expert_builds(architecture: int) -> list[Build]:
+    product, gradient = product_tiles(2048, architecture), gradient_tiles(architecture)
+    rows = row_block(1024)
+    result = []
+    for kind in ("bf16", "fp32"):
+        result += [
+            Build(
+                kernel=expert_kernels.grouped_int8_product_kernel,
+                pointers={
+                    **{"a_ptr": "i8", "b_ptr": "i8", "a_scale_ptr": "fp32", "b_scale_ptr": "fp32"},
+                    **{"out_ptr": kind, "source_ptr": "i64"},
+                    **{"row_ends_ptr": "i64", "block_ends_ptr": "i64"},
+                },
+                numbers=("num_experts", "num_outputs", "depth"),
+                constants={
+                    **{"HAS_SOURCE": True, "HAS_B_SCALE": True, "BLOCK_E": 8, "GROUP_M": 8},
+                    **{"BLOCK_M": product.m, "BLOCK_N": product.n, "BLOCK_K": product.k},
+                },
+                warps=product.warps,
+                stages=product.stages,
+            ),
+            Build(
+                kernel=expert_kernels.grouped_weight_gradient_kernel,
+                pointers={
+                    **{"grad_ptr": kind, "codes_ptr": "i8", "scale_ptr": "fp32", "out_ptr": "fp32"},
+                    **{"grad_source_ptr": "i64", "codes_source_ptr": "i64", "row_ends_ptr": "i64"},
+                },
+                numbers=("num_outputs", "num_inputs"),
+                constants={
+                    **{"HAS_GRAD_SOURCE": True, "HAS_CODES_SOURCE": True},
+                    **{"DOT_IN_BF16": kind == "bf16"},
+                    **{"BLOCK_M": gradient.m, "BLOCK_N": gradient.n, "BLOCK_K": gradient.k},
+                },
+                warps=gradient.warps,
+                stages=gradient.stages,
+            ),
+            Build(
+                kernel=expert_kernels.activate_rows_kernel,
+                pointers={
+                    **{"gate_up_ptr": kind, "codes_ptr": "i8"},
+                    **{"step_ptr": "fp32", "rate_ptr": "fp32"},
+                },
+                numbers=("num_rows", "width"),
+                constants={"SUB_NORM": True, "EPS": 1e-6, **rows.constants()},
+                warps=rows.warps,
+            ),
+            Build(
+                kernel=expert_kernels.activation_gradient_kernel,
+                pointers={
+                    **{"grad_ptr": kind, "gate_up_ptr": kind, "codes_ptr": "i8"},
+                    **{"step_ptr": "fp32", "rate_ptr": "fp32", "gates_ptr": "fp32"},
+                    **{"out_ptr": kind, "grad_gates_ptr": "fp32"},
+                },
+                numbers=("num_rows", "width"),
+                constants={"SUB_NORM": True, "HAS_GATES": True, **rows.constants()},
+                warps=rows.warps,
+            ),
+            Build(
+                kernel=expert_kernels.combine_rows_kernel,
+                pointers={
+                    **{"rows_ptr": kind, "row_of_slot_ptr": "i64"},
+                    **{"gates_ptr": "fp32", "out_ptr": kind},
+                },
+                numbers=("num_tokens", "width"),
+                constants={"TOP_K": 2, "HAS_GATES": True, **rows.constants()},
+                warps=rows.warps,
+            ),
+        ]
     return result

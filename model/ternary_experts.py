@@ -145,9 +145,12 @@ def activate_rows(gate_up: Tensor, *, sub_norm: bool, eps: float) -> tuple[Tenso
     step = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
     rate = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
     if rows:
-        block, warps = row_block(width)
-        launcher(activate_rows_kernel, (rows,), warps=warps)(
-            *(gate_up, codes, step, rate, width), SUB_NORM=sub_norm, EPS=eps, BLOCK=block
+        block = row_block(width)
+        launcher(activate_rows_kernel, block.grid(rows), warps=block.warps)(
+            *(gate_up, codes, step, rate, rows, width),
+            SUB_NORM=sub_norm,
+            EPS=eps,
+            **block.constants(),
         )
     return codes, step, rate
 
@@ -167,13 +170,13 @@ def activation_gradient(
     out = torch.empty_like(gate_up)
     grad_gates = None if gates is None else torch.empty_like(step)
     if rows:
-        block, warps = row_block(width)
-        launcher(activation_gradient_kernel, (rows,), warps=warps)(
+        block = row_block(width)
+        launcher(activation_gradient_kernel, block.grid(rows), warps=block.warps)(
             *(grad, gate_up, codes, step, rate, step if gates is None else gates),
-            *(out, step if grad_gates is None else grad_gates, width),
+            *(out, step if grad_gates is None else grad_gates, rows, width),
             SUB_NORM=sub_norm,
             HAS_GATES=gates is not None,
-            BLOCK=block,
+            **block.constants(),
         )
     return out, grad_gates
 
@@ -185,12 +188,13 @@ def combine_rows(
     (tokens, top_k), width = row_of_slot.shape, rows.shape[1]
     out = torch.empty(tokens, width, dtype=dtype, device=rows.device)
     if tokens:
-        block = min(COMBINE_BLOCK, power_of_two(width))
-        launcher(combine_rows_kernel, (tokens, cdiv(width, block)))(
-            *(rows, row_of_slot, rows if gates is None else gates, out, width),
+        block = row_block(min(width, COMBINE_BLOCK))
+        grid = (*block.grid(tokens), cdiv(width, block.columns))
+        launcher(combine_rows_kernel, grid, warps=block.warps)(
+            *(rows, row_of_slot, rows if gates is None else gates, out, tokens, width),
             TOP_K=top_k,
             HAS_GATES=gates is not None,
-            BLOCK=block,
+            **block.constants(),
         )
     return out
 

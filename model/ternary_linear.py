@@ -34,6 +34,7 @@ from model.triton_kernels import (
 )
 
 MAX_ROW_BLOCK = 4096
+MIN_ROW_BLOCK = 1024
 MAX_SPLITS = 32
 
 
@@ -67,10 +68,28 @@ def gradient_tiles(capability: int) -> Tiles:
     return Tiles(32, 128, 128, 8, 3)
 
 
-def row_block(columns: int) -> tuple[int, int]:
-    """Columns that a program which owns a row handles at once, and its warps."""
+class RowBlock(NamedTuple):
+    """What a program that owns whole rows handles at once: rows, columns, warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def grid(self, num_rows: int) -> tuple[int]:
+        return (cdiv(num_rows, self.rows),)
+
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_ROWS": self.rows, "BLOCK": self.columns}
+
+
+def row_block(columns: int) -> RowBlock:
+    """Block for rows of so many columns: short rows share a program, long ones take several turns.
+
+    Eight to sixteen elements a thread.
+    """
     block = min(MAX_ROW_BLOCK, power_of_two(columns))
-    return block, max(1, min(8, block // 256))
+    rows = max(1, MIN_ROW_BLOCK // block)
+    return RowBlock(rows, block, max(1, min(8, rows * block // 256)))
 
 
 def quantize_rows(
@@ -91,15 +110,15 @@ def quantize_rows(
     codes = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block, warps = row_block(columns)
-        launcher(quantize_rows_kernel, (rows,), warps=warps)(
+        block = row_block(columns)
+        launcher(quantize_rows_kernel, block.grid(rows), warps=block.warps)(
             *(x, scale if column_scale is None else column_scale, codes, scale),
             *(scale if source is None else source, scale if expert is None else expert),
-            *(columns, x.stride(0)),
+            *(rows, columns, x.stride(0)),
             HAS_COLUMN_SCALE=column_scale is not None,
             HAS_SOURCE=source is not None,
             HAS_EXPERT=expert is not None,
-            BLOCK=block,
+            **block.constants(),
         )
     return codes, scale
 

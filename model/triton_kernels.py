@@ -29,43 +29,53 @@ def quantize_rows_kernel(
     scale_ptr,
     source_ptr,
     expert_ptr,
+    num_rows,
     num_columns,
     x_stride,
     HAS_COLUMN_SCALE: tl.constexpr,
     HAS_SOURCE: tl.constexpr,
     HAS_EXPERT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: codes = round(v * 127 / max|v|), scale = max|v| / 127, with v = x * column_scale.
+    """Rows: codes = round(v * 127 / max|v|), scale = max|v| / 127, with v = x * column_scale.
 
     x is read in row source[row], and the scales of expert[row], where those are given.
     """
-    row = tl.program_id(0).to(tl.int64)
-    x_row = row
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_inside = rows < num_rows
+    x_rows = rows
     if HAS_SOURCE:
-        x_row = tl.load(source_ptr + row).to(tl.int64)
+        x_rows = tl.load(source_ptr + rows, mask=row_inside, other=0).to(tl.int64)
+    scale_at = tl.zeros((BLOCK_ROWS,), dtype=tl.int64)
     if HAS_EXPERT:
-        column_scale_ptr += tl.load(expert_ptr + row).to(tl.int64) * num_columns
-    peak = tl.full((BLOCK,), 0.0, dtype=tl.float32)
+        scale_at = tl.load(expert_ptr + rows, mask=row_inside, other=0).to(tl.int64) * num_columns
+    peak = tl.zeros((BLOCK_ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < num_columns
-        v = tl.load(x_ptr + x_row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        inside = row_inside[:, None] & (columns < num_columns)[None, :]
+        v = tl.load(x_ptr + x_rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
+        v = v.to(tl.float32)
         if HAS_COLUMN_SCALE:
-            v *= tl.load(column_scale_ptr + columns, mask=inside, other=0.0)
+            at = column_scale_ptr + scale_at[:, None] + columns[None, :]
+            v *= tl.load(at, mask=inside, other=0.0)
         peak = tl.maximum(peak, tl.abs(v))
-    largest = tl.maximum(tl.max(peak, axis=0), 1e-30)
-    factor = tl.div_rn(1.0, largest) * 127.0  # as torch evaluates 127 / tensor
-    tl.store(scale_ptr + row, tl.div_rn(largest, 127.0))
+    largest = tl.maximum(tl.max(peak, axis=1), 1e-30)
+    # As torch evaluates 127 / tensor.
+    factor = tl.div_rn(tl.full((BLOCK_ROWS,), 1.0, dtype=tl.float32), largest) * 127.0
+    step = tl.div_rn(largest, tl.full((BLOCK_ROWS,), 127.0, dtype=tl.float32))
+    tl.store(scale_ptr + rows, step, mask=row_inside)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < num_columns
-        v = tl.load(x_ptr + x_row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        inside = row_inside[:, None] & (columns < num_columns)[None, :]
+        v = tl.load(x_ptr + x_rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
+        v = v.to(tl.float32)
         if HAS_COLUMN_SCALE:
-            v *= tl.load(column_scale_ptr + columns, mask=inside, other=0.0)
-        codes = (v * factor + _ROUND) - _ROUND
-        offsets = row * num_columns + columns
-        tl.store(codes_ptr + offsets, codes.to(tl.int8), mask=inside)
+            at = column_scale_ptr + scale_at[:, None] + columns[None, :]
+            v *= tl.load(at, mask=inside, other=0.0)
+        codes = (v * factor[:, None] + _ROUND) - _ROUND
+        codes_at = codes_ptr + rows[:, None] * num_columns + columns[None, :]
+        tl.store(codes_at, codes.to(tl.int8), mask=inside)
 
 
 @triton.jit
