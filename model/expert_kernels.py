@@ -136,7 +136,7 @@ def grouped_weight_gradient_kernel(
         if DOT_IN_BF16:
             sums = tl.dot(grad.to(tl.bfloat16), codes.to(tl.bfloat16), sums)
         else:
-            sums = tl.dot(grad, codes.to(tl.float32), sums, input_precision="ieee")
+            sums = tl.dot(grad, codes.to(tl.float32), sums, input_precision="tf32x3")
     offsets = (expert * num_outputs + n[:, None]) * num_inputs + k[None, :]
     inside = (n < num_outputs)[:, None] & (k < num_inputs)[None, :]
     tl.store(out_ptr + offsets, sums, mask=inside)

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model import cross_entropy_kernels, expert_kernels, fused_cross_entropy
+from model import cross_entropy_kernels, expert_kernels, fused_cross_entropy, ternary_experts
 from model import triton_kernels as kernels
 from model.ternary_linear import gradient_tiles, product_tiles, row_block
 
@@ -96,19 +96,22 @@ def _linear_builds(architecture: int) -> list[Build]:
             warps=product.warps,
             stages=product.stages,
         ),
-        Build(
-            kernel=kernels.weight_gradient_kernel,
-            pointers={
-                **{"grad_ptr": "bf16", "codes_ptr": "i8"},
-                **{"scale_ptr": "fp32", "partial_ptr": "fp32"},
-            },
-            numbers=("num_rows", "num_outputs", "num_inputs", "grad_stride", "rows_per_split"),
-            constants={
-                "DOT_IN_BF16": True,
-                **{"BLOCK_M": gradient.m, "BLOCK_N": gradient.n, "BLOCK_K": gradient.k},
-            },
-            warps=gradient.warps,
-            stages=gradient.stages,
+        *(
+            Build(
+                kernel=kernels.weight_gradient_kernel,
+                pointers={
+                    **{"grad_ptr": kind, "codes_ptr": "i8"},
+                    **{"scale_ptr": "fp32", "partial_ptr": "fp32"},
+                },
+                numbers=("num_rows", "num_outputs", "num_inputs", "grad_stride", "rows_per_split"),
+                constants={
+                    "DOT_IN_BF16": kind == "bf16",
+                    **{"BLOCK_M": gradient.m, "BLOCK_N": gradient.n, "BLOCK_K": gradient.k},
+                },
+                warps=gradient.warps,
+                stages=gradient.stages,
+            )
+            for kind in ("bf16", "fp32")
         ),
     ]
 
@@ -162,10 +165,10 @@ def _cross_entropy_builds(architecture: int) -> list[Build]:
 
 
 def _expert_builds(architecture: int) -> list[Build]:
-    product, gradient = product_tiles(2048, architecture), gradient_tiles(architecture)
-    rows = row_block(1024)
+    gradient, rows = gradient_tiles(architecture), row_block(1024)
     result = []
-    for kind in ("bf16", "fp32"):
+    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
+        product = ternary_experts.grouped_tiles(2048, architecture, itemsize)
         result += [
             Build(
                 kernel=expert_kernels.grouped_int8_product_kernel,

@@ -29,7 +29,7 @@ from model.expert_kernels import (
     grouped_int8_product_kernel,
     grouped_weight_gradient_kernel,
 )
-from model.launch import cdiv, device_capability, launcher, power_of_two
+from model.launch import Tiles, cdiv, device_capability, launcher, power_of_two
 from model.swiglu import DispatchPlan, SwigluSettings
 from model.ternary_linear import (
     TernaryWeight,
@@ -44,6 +44,15 @@ from model.ternary_linear import (
 from model.weight_cache import cached
 
 COMBINE_BLOCK = 1024
+
+
+def grouped_tiles(mean_rows: int, capability: int, itemsize: int) -> Tiles:
+    """Tile of the grouped product by rows an expert has on average and bytes of an output.
+
+    As `product_tiles`; with gathered rows and fp32 outputs its largest tile spills registers.
+    """
+    tiles = product_tiles(mean_rows, capability)
+    return tiles._replace(n=128) if itemsize > 2 and tiles.n > 128 else tiles
 
 
 class RowGroups(NamedTuple):
@@ -96,7 +105,7 @@ def grouped_int8_product(
     rows = groups.token_of_row.numel()
     out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     if rows:
-        tiles = product_tiles(groups.mean_rows, device_capability(a))
+        tiles = grouped_tiles(groups.mean_rows, device_capability(a), out.element_size())
         grid = (groups.num_blocks * cdiv(outputs, tiles.n),)
         launcher(grouped_int8_product_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
             *(a, b, a_scale, a_scale if b_scale is None else b_scale, out),

@@ -50,13 +50,15 @@ def product_tiles(num_rows: int, capability: int) -> Tiles:
     """Tile of the int8 product by compute capability (major * 10 + minor).
 
     Shared memory decides: a stage holds (m + n) k bytes, and 99 KiB are there on GeForce (86, 89,
-    120), 163 on sm_80, 227 on sm_90 and sm_100. Few rows leave too few tiles for large ones.
+    120), 163 on sm_80, 227 on sm_90 and sm_100. Few rows leave too few tiles for large ones. Only
+    sm_90 has an int8 instruction whose sums leave registers for a larger tile: sm_100's fifth
+    generation has none, and its mma spilled at 128 x 256.
     """
     if num_rows <= 64:
         return Tiles(16 if num_rows <= 16 else 64, 64, 128, 4, 4)
-    if capability >= 90 and capability < 120:
+    if capability == 90:
         return Tiles(128, 256, 128, 8, 4)
-    if capability == 80:
+    if capability in (80, 100):
         return Tiles(128, 128, 128, 8, 4)
     return Tiles(128, 128, 64, 8, 4)
 

@@ -199,6 +199,10 @@ def weight_gradient_kernel(
 
     A small weight has too few tiles to fill the device, so the rows are split; the caller adds the
     parts in a fixed order (atomic adds would make the result depend on timing).
+
+    fp32 gradients are split into two tf32 numbers: 22 bits of them, and codes are exact. Asking
+    for "ieee" would give a single tf32 product, 11 bits, on sm_100: there Triton sees through the
+    conversion of the codes (triton-lang/triton issue 10176).
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -223,7 +227,7 @@ def weight_gradient_kernel(
         if DOT_IN_BF16:
             sums = tl.dot(grad.to(tl.bfloat16), codes.to(tl.bfloat16), sums)
         else:
-            sums = tl.dot(grad, codes.to(tl.float32), sums, input_precision="ieee")
+            sums = tl.dot(grad, codes.to(tl.float32), sums, input_precision="tf32x3")
     offsets = (split * num_outputs + n[:, None]) * num_inputs + k[None, :]
     inside = (n < num_outputs)[:, None] & (k < num_inputs)[None, :]
     tl.store(partial_ptr + offsets, sums, mask=inside)
