@@ -76,15 +76,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: str = "torch"
+) -> Tensor:
     """Mean nats over the labels that are not -100 (0 if there are none), an fp32 scalar.
 
     hidden (N, D); weight (V, D); labels (N,) int64. The products run in autocast's type where
     autocast is on; everything after them is fp32. Differentiable once, in hidden and weight.
+    backend: "triton" forms logits in registers, in fp32, and never writes them.
     """
     device_type = hidden.device.type
     dtype = hidden.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
+        if backend == "triton":
+            from model.fused_cross_entropy import fused_cross_entropy
+
+            return fused_cross_entropy(hidden, weight, labels, dtype=dtype)
         return _LinearCrossEntropy.apply(hidden, weight, labels, dtype)

@@ -7,58 +7,27 @@ compiling needs was left behind. A new kernel gets its line here. Import only wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from model import attention_kernel_src as attention
-from model import sigma_kernel_backward as backward
-from model import sigma_kernel_src as scan
+from model import cross_entropy_kernels, expert_kernels, fused_cross_entropy, ternary_experts
 from model import triton_kernels as kernels
-from model.attention_kernels import AttentionShape, attention_tiles
-from model.sigma_kernels import ScanShape, scan_tiles
-from model.ternary_linear import gradient_tiles, product_tiles
+from model.kernel_build import Build
+from model.sequence_builds import attention_builds, scan_builds
+from model.ternary_linear import gradient_tiles, product_tiles, row_block
+
+ITEM_BYTES = {"bf16": 2, "fp32": 4}  # of the operands that a kernel of several may multiply
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Build:
-    """One specialisation of a kernel as a launch would make it."""
-
-    kernel: Any
-    pointers: dict[str, str]
-    numbers: tuple[str, ...]
-    constants: dict[str, Any]
-    reals: tuple[str, ...] = ()
-    warps: int = 4
-    stages: int = 3
-    use: str = ""  # what tells specialisations of one kernel apart
-
-    def compile(self, architecture: int) -> Any:
-        """Triton's result for compute capability `architecture`, arguments aligned as usual."""
-        names = self.kernel.arg_names
-        signature = {name: f"*{kind}" for name, kind in self.pointers.items()}
-        signature |= dict.fromkeys(self.numbers, "i32") | dict.fromkeys(self.reals, "fp32")
-        signature |= dict.fromkeys(self.constants, "constexpr")
-        aligned = [["tt.divisibility", 16]]
-        source = ASTSource(
-            fn=self.kernel,
-            signature={name: signature[name] for name in names},
-            constexprs={(names.index(name),): value for name, value in self.constants.items()},
-            attrs={(names.index(name),): aligned for name in (*self.pointers, *self.numbers)},
-        )
-        target = GPUTarget("cuda", architecture, 32)
-        options = {"num_warps": self.warps, "num_stages": self.stages}
-        return triton.compile(source, target=target, options=options)
-
-
-OPERANDS = ("bf16", "fp32")  # in which a kernel of several may multiply
-
-
-def builds(architecture: int, operands: tuple[str, ...] = OPERANDS) -> list[Build]:
+def builds(architecture: int, operands: tuple[str, ...] = tuple(ITEM_BYTES)) -> list[Build]:
     """All kernels with the launch settings that their launchers choose on this architecture."""
+    found = _linear_builds(architecture, operands)
+    for kind in operands:
+        found += _cross_entropy_builds(architecture, kind)
+        found += _expert_builds(architecture, kind)
+        found += scan_builds(architecture, kind)
+        found += attention_builds(architecture, kind)
+    return found
+
+
+def _linear_builds(architecture: int, operands: tuple[str, ...]) -> list[Build]:
     product, gradient = product_tiles(16384, architecture), gradient_tiles(architecture)
     return [
         Build(
@@ -66,9 +35,14 @@ def builds(architecture: int, operands: tuple[str, ...] = OPERANDS) -> list[Buil
             pointers={
                 **{"x_ptr": "bf16", "column_scale_ptr": "fp32"},
                 **{"codes_ptr": "i8", "scale_ptr": "fp32"},
+                **{"source_ptr": "i64", "expert_ptr": "i64"},
             },
-            numbers=("num_columns", "x_stride"),
-            constants={"HAS_COLUMN_SCALE": True, "BLOCK": 1024},
+            numbers=("num_rows", "num_columns", "x_stride"),
+            constants={
+                **{"HAS_COLUMN_SCALE": True, "HAS_SOURCE": True, "HAS_EXPERT": True},
+                **row_block(1024).constants(),
+            },
+            warps=row_block(1024).warps,
         ),
         Build(
             kernel=kernels.ternarize_kernel,
@@ -76,7 +50,7 @@ def builds(architecture: int, operands: tuple[str, ...] = OPERANDS) -> list[Buil
                 **{"weight_ptr": "fp32", "codes_ptr": "i8"},
                 **{"codes_t_ptr": "i8", "scale_ptr": "fp32"},
             },
-            numbers=("num_rows", "num_columns", "weight_stride"),
+            numbers=("num_rows", "num_columns", "weight_stride", "rows_per_matrix"),
             constants={"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256},
         ),
         Build(
@@ -93,103 +67,141 @@ def builds(architecture: int, operands: tuple[str, ...] = OPERANDS) -> list[Buil
             warps=product.warps,
             stages=product.stages,
         ),
+        *(
+            Build(
+                kernel=kernels.weight_gradient_kernel,
+                pointers={
+                    **{"grad_ptr": kind, "codes_ptr": "i8"},
+                    **{"scale_ptr": "fp32", "partial_ptr": "fp32"},
+                },
+                numbers=("num_rows", "num_outputs", "num_inputs", "grad_stride", "rows_per_split"),
+                constants={
+                    "DOT_IN_BF16": kind == "bf16",
+                    **{"BLOCK_M": gradient.m, "BLOCK_N": gradient.n, "BLOCK_K": gradient.k},
+                },
+                warps=gradient.warps,
+                stages=gradient.stages,
+                use=kind,
+            )
+            for kind in operands
+        ),
+    ]
+
+
+def _cross_entropy_builds(architecture: int, kind: str) -> list[Build]:
+    tiles = fused_cross_entropy.logits_tiles(architecture, ITEM_BYTES[kind])
+    launch = {"warps": tiles.warps, "stages": tiles.stages, "use": kind}
+    logits = {"BLOCK_M": tiles.m, "BLOCK_V": tiles.n, "BLOCK_K": tiles.k}
+    given = {"hidden_ptr": kind, "weight_ptr": kind, "labels_ptr": "i64"}
+    sizes = ("num_rows", "vocabulary", "depth", "hidden_stride", "weight_stride")
+    result = [
         Build(
-            kernel=kernels.weight_gradient_kernel,
+            kernel=cross_entropy_kernels.logit_statistics_kernel,
+            pointers={**given, "normaliser_ptr": "fp32", "picked_ptr": "fp32"},
+            numbers=(*sizes, "blocks_per_split"),
+            constants=logits,
+            **launch,
+        ),
+        Build(
+            kernel=cross_entropy_kernels.logit_gradient_kernel,
+            pointers={**given, "normaliser_ptr": "fp32", "grad_ptr": kind},
+            numbers=(*sizes, "grad_stride"),
+            constants={**logits, "GROUP_M": 8, "IGNORED": fused_cross_entropy.IGNORED},
+            **launch,
+        ),
+    ]
+    # dh = G W, and dW = G^T h with the depth along G's rows.
+    for add, unit, stride in (
+        (False, "a_depth_stride", "a_row_stride"),
+        (True, "a_row_stride", "a_depth_stride"),
+    ):
+        product = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": 8}
+        result.append(
+            Build(
+                kernel=cross_entropy_kernels.scaled_product_kernel,
+                pointers={
+                    **{"a_ptr": kind, "b_ptr": kind},
+                    **{"scale_ptr": "fp32", "out_ptr": "fp32"},
+                },
+                numbers=(
+                    *("num_rows", "num_columns", "depth"),
+                    *(stride, "b_stride", "out_stride"),
+                ),
+                constants={**product, unit: 1, "ADD": add},
+                **launch,
+            )
+        )
+    return result
+
+
+def _expert_builds(architecture: int, kind: str) -> list[Build]:
+    gradient, rows = gradient_tiles(architecture), row_block(1024)
+    product = ternary_experts.grouped_tiles(2048, architecture, ITEM_BYTES[kind])
+    return [
+        Build(
+            kernel=expert_kernels.grouped_int8_product_kernel,
             pointers={
-                **{"grad_ptr": "bf16", "codes_ptr": "i8"},
-                **{"scale_ptr": "fp32", "partial_ptr": "fp32"},
+                **{"a_ptr": "i8", "b_ptr": "i8", "a_scale_ptr": "fp32", "b_scale_ptr": "fp32"},
+                **{"out_ptr": kind, "source_ptr": "i64"},
+                **{"row_ends_ptr": "i64", "block_ends_ptr": "i64"},
             },
-            numbers=("num_rows", "num_outputs", "num_inputs", "grad_stride", "rows_per_split"),
+            numbers=("num_experts", "num_outputs", "depth"),
             constants={
-                "DOT_IN_BF16": True,
+                **{"HAS_SOURCE": True, "HAS_B_SCALE": True, "BLOCK_E": 8, "GROUP_M": 8},
+                **{"BLOCK_M": product.m, "BLOCK_N": product.n, "BLOCK_K": product.k},
+            },
+            warps=product.warps,
+            stages=product.stages,
+            use=kind,
+        ),
+        Build(
+            kernel=expert_kernels.grouped_weight_gradient_kernel,
+            pointers={
+                **{"grad_ptr": kind, "codes_ptr": "i8", "scale_ptr": "fp32", "out_ptr": "fp32"},
+                **{"grad_source_ptr": "i64", "codes_source_ptr": "i64", "row_ends_ptr": "i64"},
+            },
+            numbers=("num_outputs", "num_inputs"),
+            constants={
+                **{"HAS_GRAD_SOURCE": True, "HAS_CODES_SOURCE": True},
+                **{"DOT_IN_BF16": kind == "bf16"},
                 **{"BLOCK_M": gradient.m, "BLOCK_N": gradient.n, "BLOCK_K": gradient.k},
             },
             warps=gradient.warps,
             stages=gradient.stages,
+            use=kind,
         ),
-        *(build for kind in operands for build in scan_builds(architecture, kind)),
-        *(build for kind in operands for build in attention_builds(architecture, kind)),
+        Build(
+            kernel=expert_kernels.activate_rows_kernel,
+            pointers={
+                **{"gate_up_ptr": kind, "codes_ptr": "i8"},
+                **{"step_ptr": "fp32", "rate_ptr": "fp32"},
+            },
+            numbers=("num_rows", "width"),
+            constants={"SUB_NORM": True, "EPS": 1e-6, **rows.constants()},
+            warps=rows.warps,
+            use=kind,
+        ),
+        Build(
+            kernel=expert_kernels.activation_gradient_kernel,
+            pointers={
+                **{"grad_ptr": kind, "gate_up_ptr": kind, "codes_ptr": "i8"},
+                **{"step_ptr": "fp32", "rate_ptr": "fp32", "gates_ptr": "fp32"},
+                **{"out_ptr": kind, "grad_gates_ptr": "fp32"},
+            },
+            numbers=("num_rows", "width"),
+            constants={"SUB_NORM": True, "HAS_GATES": True, **rows.constants()},
+            warps=rows.warps,
+            use=kind,
+        ),
+        Build(
+            kernel=expert_kernels.combine_rows_kernel,
+            pointers={
+                **{"rows_ptr": kind, "row_of_slot_ptr": "i64"},
+                **{"gates_ptr": "fp32", "out_ptr": kind},
+            },
+            numbers=("num_tokens", "width"),
+            constants={"TOP_K": 2, "HAS_GATES": True, **rows.constants()},
+            warps=rows.warps,
+            use=kind,
+        ),
     ]
-
-
-def scan_builds(architecture: int, operands: str) -> list[Build]:
-    """The scan's kernels at the default network's sizes, with document boundaries, and each of the
-    two uses of a kernel that serves forward and backward."""
-    in_bf16 = operands == "bf16"
-    shape = ScanShape(
-        *(4, 512, 24, 4, 128, 64, 128),  # B, T, H, R, N, P, L
-        tiles=scan_tiles(128, 128, 64, architecture, in_bf16=in_bf16),
-        has_rank_in=True,
-        has_resets=True,
-        in_bf16=in_bf16,
-    )
-    return [_scan_build(shape, kernel, use) for kernel, uses in _SCAN_KERNELS for use in uses]
-
-
-_SCAN_KERNELS: tuple[tuple[Any, tuple[dict[str, Any], ...]], ...] = (
-    (scan.chunk_controls_kernel, ({},)),
-    (scan.chunk_scores_kernel, ({},)),
-    (scan.chunk_states_kernel, ({"OF_OUTPUTS": False}, {"OF_OUTPUTS": True})),
-    (scan.pass_states_kernel, ({"HAS_START": True},)),
-    (scan.scan_outputs_kernel, ({},)),
-    (backward.pass_states_backward_kernel, ({"HAS_GRAD_FINAL": True, "HAS_START": True},)),
-    (backward.input_gradient_kernel, ({},)),
-    (backward.score_gradient_kernel, ({},)),
-    (backward.shared_gradient_kernel, ({"OF_C": False}, {"OF_C": True})),
-    (backward.control_gradients_kernel, ({},)),
-)
-
-
-def _scan_build(shape: ScanShape, kernel: Any, use: dict[str, Any]) -> Build:
-    """Operands rounded to bf16 are b, c and their products; the rest is fp32."""
-    rounded = {"b_ptr", "c_ptr", "shared_ptr", "other_ptr", "scores_ptr", "grad_scores_ptr"}
-    names = kernel.arg_names
-    pointers = {name: "fp32" for name in names if name.endswith("_ptr")}
-    pointers |= {name: "bf16" for name in rounded & set(names) if shape.in_bf16}
-    if "segments_ptr" in pointers:
-        pointers["segments_ptr"] = "i32"
-    return Build(
-        kernel=kernel,
-        pointers=pointers,
-        numbers=tuple(n for n in names if not n.endswith("_ptr") and not n.isupper()),
-        constants=shape.constants_of(kernel, **use),
-        warps=shape.tiles.warps,
-        stages=shape.tiles.stages,
-        use=" ".join(["bf16" if shape.in_bf16 else "fp32", *(k for k, v in use.items() if v)]),
-    )
-
-
-def attention_builds(architecture: int, operands: str) -> list[Build]:
-    """Differential attention at the default network's sizes, with documents; bf16 throughout but
-    for the statistics of rows and the heads' parts of the rotary key's gradient."""
-    in_bf16 = operands == "bf16"
-    shape = AttentionShape(
-        *(4, 512, 512, 2, 12, 64, 32, 64),  # B, T, S, maps, H, widths of content, rotary, value
-        tiles=attention_tiles(64, architecture, in_bf16=in_bf16),
-        has_documents=True,
-        in_bf16=in_bf16,
-    )
-    exact = ("lam_ptr", "log_sum_ptr", "delta_ptr", "grad_k_rope_ptr")
-    found = []
-    for kernel in (
-        *(attention.attention_kernel, attention.delta_kernel),
-        *(attention.query_gradient_kernel, attention.key_gradient_kernel),
-    ):
-        names = [name for name in kernel.arg_names if name.endswith("_ptr")]
-        pointers = {n: "bf16" if in_bf16 and n not in exact else "fp32" for n in names}
-        if "documents_ptr" in pointers:
-            pointers["documents_ptr"] = "i32"
-        numbers = (n for n in kernel.arg_names if n not in names and not n.isupper())
-        found.append(
-            Build(
-                kernel=kernel,
-                pointers=pointers,
-                numbers=tuple(name for name in numbers if name != "scale"),
-                reals=tuple(name for name in kernel.arg_names if name == "scale"),
-                constants=shape.constants_of(kernel),
-                warps=shape.tiles.warps,
-                stages=shape.tiles.stages,
-                use=operands,
-            )
-        )
-    return found

@@ -92,9 +92,10 @@ class MoE(nn.Module):
 
     `--moe-dispatch-mode`: legacy loops over experts with masks and is the definition; packed sorts
     token copies by expert and multiplies slices; grouped does the sorted product of all experts in
-    one grouped matrix product without host synchronisation where torch has one (CUDA, bf16, widths
-    that are multiples of 8). Elsewhere, and on CPU always, grouped runs the packed product, which
-    is the faster one there. `product_kind` tells which one a forward will use.
+    one grouped matrix product without host synchronisation where there is one: a Triton kernel
+    with `--kernel-backend triton`, else torch's (CUDA, bf16, widths that are multiples of 8).
+    Elsewhere, and on CPU always, grouped runs the packed product, which is the faster one there.
+    `product_kind` tells which one a forward will use.
     """
 
     def __init__(self, config: SigmaModelConfig, *, layer: int = 0, seed: int = 0) -> None:
@@ -171,6 +172,8 @@ class MoE(nn.Module):
         mode = self.config.moe_dispatch_mode
         if mode != "grouped":
             return mode
+        if self.settings.has_kernels(self.config.d_model, self.config.d_expert):
+            return "grouped"
         device_type = tokens.device.type
         dtype = tokens.dtype
         if torch.is_autocast_enabled(device_type):

@@ -78,15 +78,73 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x * (127.0 / peak)[:, None]), peak / 127.0
 
 
-def ternary_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def ternary_linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of bit_linear for x (M, K) and weight (N, K), the output gradient (M, N) times the
     weight's scales being rounded to 8 bits per token: dx = sg (cg q), dW = (dy sx)^T cx."""
     codes, scale = ternarize(weight)
     grad_codes, grad_scale = round_rows(grad * scale[:, 0])
     x_codes, x_scale = round_rows(x)
     return (grad_codes @ codes) * grad_scale[:, None], (grad * x_scale[:, None]).T @ x_codes
+
+
+def ternary_swiglu(
+    x: Tensor, weight_in: Tensor, weight_out: Tensor, *, sub_norm: bool = True, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """W_out rms(silu(a) b) with [a, b] = W_in x, both products ternary on rounded rows.
+
+    x (M, D), weight_in (2h, D), weight_out (D, h). Returns y (M, D) and the second product's
+    input (M, h) before rounding.
+    """
+    gate, up = bit_linear(x, weight_in).chunk(2, dim=-1)
+    hidden = gate * torch.sigmoid(gate) * up
+    if sub_norm:
+        hidden = rms_norm(hidden, eps=eps)
+    return bit_linear(hidden, weight_out), hidden
+
+
+def ternary_swiglu_backward(
+    grad: Tensor,
+    gates: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    *,
+    sub_norm: bool = True,
+    eps: float = 1e-6,
+) -> dict[str, Tensor]:
+    """Gradients by name of gates[:, None] * ternary_swiglu(x), grad (M, D), gates (M,).
+
+    Output gradients of both products are rounded to 8 bits per row, as ternary_linear_backward
+    does it; what lies between them is differentiated by autograd.
+    """
+    gate_up = bit_linear(x, weight_in).detach().requires_grad_()
+    gate, up = gate_up.chunk(2, dim=-1)
+    hidden = gate * torch.sigmoid(gate) * up
+    if sub_norm:
+        hidden = rms_norm(hidden, eps=eps)
+    grad_hidden, _ = ternary_linear_backward(grad, hidden.detach(), weight_out)
+    codes, step = round_rows(hidden.detach())
+    hidden.backward(grad_hidden * gates[:, None])
+    assert gate_up.grad is not None
+    grad_x, grad_in = ternary_linear_backward(gate_up.grad, x, weight_in)
+    rounded = codes * step[:, None]
+    return {
+        "x": grad_x,
+        "weight_in": grad_in,
+        "weight_out": (grad * gates[:, None]).T @ rounded,
+        "gates": (grad_hidden * rounded).sum(1),
+    }
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Mean of logsumexp(z) - z[label], z = W h, over the rows of hidden (N, D) whose label (N,) is
+    not -100, or 0; weight (V, D)."""
+    terms = []
+    for h, label in zip(hidden, labels.tolist()):
+        if label != -100:
+            z = weight @ h
+            terms.append(torch.logsumexp(z, 0) - z[label])
+    return torch.stack(terms).mean() if terms else 0.0 * (hidden.sum() + weight.sum())
 
 
 def visible(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from model.engram import Engram
 from model.initialization import initialize
 from model.mamba import Mamba
 from model.mla import MLA
-from model.moe import Experts, MoE
+from model.moe import DenseFeedForward, Experts, MoE
 from model.norm_rope import RMSNorm
 from model.sequence import SequenceContext
 from model.weight_cache import TernaryCache
@@ -171,6 +171,7 @@ class SigmaLLM(SigmaTrunk):
             if not config.tie_embeddings:
                 self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         initialize(self, config, seed=seed)
+        self.kernel_backend = "torch"
         self.ternary_statistics = TernaryStatistics()
         self.cache_counts = (0, 0)
 
@@ -205,7 +206,10 @@ class SigmaLLM(SigmaTrunk):
         )
         loss = logits = None
         if labels is not None:
-            loss = linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels.flatten())
+            rows = hidden.flatten(0, 1)
+            loss = linear_cross_entropy(
+                rows, self.head_weight, labels.flatten(), backend=self.kernel_backend
+            )
         if labels is None or num_logits_to_keep > 0:
             kept = hidden[:, -num_logits_to_keep:]
             logits = F.linear(kept, self.head_weight).float()
@@ -243,10 +247,13 @@ class SigmaLLM(SigmaTrunk):
         return weights
 
     def use_kernels(self, backend: str) -> None:
-        """Compute ternary products, scans and attention with `torch` or `triton`."""
+        """Compute products, scans, attention and the loss with `torch` or `triton`."""
+        self.kernel_backend = backend
         for module in self.modules():
             if isinstance(module, BitLinear | Mamba | MLA):
                 module.backend = backend
+            elif isinstance(module, DenseFeedForward | MoE):
+                module.settings = replace(module.settings, backend=backend)
 
     @contextmanager
     def weights_held(self) -> Iterator[TernaryCache]:

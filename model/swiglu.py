@@ -34,12 +34,21 @@ _BLOCK_ROWS = 512
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class SwigluSettings:
-    """ternary: round weights and activations; sub_norm: RMS-normalise the hidden values."""
+    """ternary: round weights and activations; sub_norm: RMS-normalise the hidden values.
+
+    backend: "triton" runs what has a kernel (`has_kernels`) on int8 products.
+    """
 
     ternary: bool = True
     group_size: int = 0
     sub_norm: bool = True
     eps: float = 1e-6
+    backend: str = "torch"
+
+    def has_kernels(self, *widths: int) -> bool:
+        """Whether the kernels compute products of these depths: one scale per row is theirs."""
+        one_scale = not 0 < self.group_size < max(widths)
+        return self.backend == "triton" and self.ternary and one_scale
 
 
 @dataclass(slots=True, kw_only=True)
@@ -343,12 +352,21 @@ def swiglu(
 
     x (T, D); weight_in (E, 2h, D): gate rows, then up rows; weight_out (E, D, h), or both without
     E; gates (T, k).
-    Returns (T, D) in x's dtype. Under autocast the products run in autocast's type.
+    Returns (T, D) in x's dtype. Under autocast the products run in autocast's type; on the
+    triton backend on int8 codes, and the output gradients of both products are rounded to 8 bits.
     """
     device_type = x.device.type
     dtype = x.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
+    on_device = plan is None or plan.grouped
+    if on_device and settings.has_kernels(weight_in.shape[-1], weight_out.shape[-1]):
+        from model.ternary_experts import ternary_swiglu
+
+        with torch.autocast(device_type, enabled=False):
+            return ternary_swiglu(
+                x, weight_in, weight_out, settings=settings, plan=plan, gates=gates, dtype=dtype
+            )
     values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(device_type, enabled=False):
         y = _Swiglu.apply(values, weight_in, weight_out, gates, plan, settings, dtype)

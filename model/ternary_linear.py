@@ -15,10 +15,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.launch import (
+    Tiles,
+    cdiv,
+    device_capability,
+    launcher,
+    power_of_two,
+    processor_count,
+)
 from model.triton_kernels import (
     int8_product_kernel,
     quantize_rows_kernel,
@@ -27,38 +34,31 @@ from model.triton_kernels import (
 )
 
 MAX_ROW_BLOCK = 4096
+MIN_ROW_BLOCK = 1024
 MAX_SPLITS = 32
 
 
 class TernaryWeight(NamedTuple):
-    """A weight (out, in) as ternary codes in both layouts, and its scales."""
+    """A weight (..., out, in) as ternary codes in both layouts, and its scales."""
 
-    codes: Tensor  # (out, in) int8
-    codes_t: Tensor  # (in, out) int8
-    scale: Tensor  # (out,) fp32
-
-
-class Tiles(NamedTuple):
-    """Launch settings of a product: rows, columns, depth of a tile, warps, pipeline stages."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
+    codes: Tensor  # (..., out, in) int8
+    codes_t: Tensor  # (..., in, out) int8
+    scale: Tensor  # (..., out) fp32
 
 
 def product_tiles(num_rows: int, capability: int) -> Tiles:
     """Tile of the int8 product by compute capability (major * 10 + minor).
 
     Shared memory decides: a stage holds (m + n) k bytes, and 99 KiB are there on GeForce (86, 89,
-    120), 163 on sm_80, 227 on sm_90 and sm_100. Few rows leave too few tiles for large ones.
+    120), 163 on sm_80, 227 on sm_90 and sm_100. Few rows leave too few tiles for large ones. Only
+    sm_90 has an int8 instruction whose sums leave registers for a larger tile: sm_100's fifth
+    generation has none, and its mma spilled at 128 x 256.
     """
     if num_rows <= 64:
         return Tiles(16 if num_rows <= 16 else 64, 64, 128, 4, 4)
-    if capability >= 90 and capability < 120:
+    if capability == 90:
         return Tiles(128, 256, 128, 8, 4)
-    if capability == 80:
+    if capability in (80, 100):
         return Tiles(128, 128, 128, 8, 4)
     return Tiles(128, 128, 64, 8, 4)
 
@@ -70,47 +70,76 @@ def gradient_tiles(capability: int) -> Tiles:
     return Tiles(32, 128, 128, 8, 3)
 
 
-def device_capability(x: Tensor) -> int:
-    """Compute capability of x's device; 80 for the interpreter, which has none."""
-    if x.device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
+class RowBlock(NamedTuple):
+    """What a program that owns whole rows handles at once: rows, columns, warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def grid(self, num_rows: int) -> tuple[int]:
+        return (cdiv(num_rows, self.rows),)
+
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_ROWS": self.rows, "BLOCK": self.columns}
 
 
-def quantize_rows(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows of x (M, K), times column_scale (K,) if given, as int8 codes (M, K) and scales (M,)."""
-    rows, columns = x.shape
+def row_block(columns: int) -> RowBlock:
+    """Block for rows of so many columns: short rows share a program, long ones take several turns.
+
+    Eight to sixteen elements a thread.
+    """
+    block = min(MAX_ROW_BLOCK, power_of_two(columns))
+    rows = max(1, MIN_ROW_BLOCK // block)
+    return RowBlock(rows, block, max(1, min(8, rows * block // 256)))
+
+
+def quantize_rows(
+    x: Tensor,
+    column_scale: Tensor | None = None,
+    *,
+    source: Tensor | None = None,
+    expert: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows of x (M, K), times column_scale (K,) if given, as int8 codes (M, K) and scales (M,).
+
+    source (N,) int64: the rows of x to take, in place of all of them; expert (N,) int64: which row
+    of column_scale (E, K) belongs to each.
+    """
+    rows, columns = x.shape[0] if source is None else source.shape[0], x.shape[1]
     if x.stride(1) != 1:
         x = x.contiguous()
     codes = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block = min(MAX_ROW_BLOCK, triton.next_power_of_2(columns))
-        quantize_rows_kernel[(rows,)](
+        block = row_block(columns)
+        launcher(quantize_rows_kernel, block.grid(rows), warps=block.warps)(
             *(x, scale if column_scale is None else column_scale, codes, scale),
-            *(columns, x.stride(0)),
+            *(scale if source is None else source, scale if expert is None else expert),
+            *(rows, columns, x.stride(0)),
             HAS_COLUMN_SCALE=column_scale is not None,
-            BLOCK=block,
-            num_warps=max(1, min(8, block // 256)),
+            HAS_SOURCE=source is not None,
+            HAS_EXPERT=expert is not None,
+            **block.constants(),
         )
     return codes, scale
 
 
 def ternarize_rows(weight: Tensor) -> TernaryWeight:
-    """Codes and scales of weight (out, in), one scale per row; reads the weight twice."""
-    rows, columns = weight.shape
+    """Codes and scales of weight (..., out, in), one scale per row; reads the weight twice."""
     weight = weight.detach()
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
-    codes_t = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=weight.device)
+    matrices, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
+    flat = weight.reshape(-1, columns)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    codes = torch.empty(*matrices, rows, columns, dtype=torch.int8, device=weight.device)
+    codes_t = torch.empty(*matrices, columns, rows, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(*matrices, rows, dtype=torch.float32, device=weight.device)
     block_rows = 16
-    ternarize_kernel[(triton.cdiv(rows, block_rows),)](
-        *(weight, codes, codes_t, scale, rows, columns, weight.stride(0)),
+    launcher(ternarize_kernel, (cdiv(flat.shape[0], block_rows),))(
+        *(flat, codes, codes_t, scale, flat.shape[0], columns, flat.stride(0), rows),
         BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=min(256, triton.next_power_of_2(columns)),
+        BLOCK_COLUMNS=min(256, power_of_two(columns)),
     )
     return TernaryWeight(codes, codes_t, scale)
 
@@ -123,40 +152,42 @@ def int8_product(
     out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     if rows:
         tiles = product_tiles(rows, device_capability(a))
-        grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(outputs, tiles.n),)
-        int8_product_kernel[grid](
+        grid = (cdiv(rows, tiles.m) * cdiv(outputs, tiles.n),)
+        launcher(int8_product_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
             *(a, b, a_scale, a_scale if b_scale is None else b_scale, out),
             *(rows, outputs, depth, out.stride(0)),
             HAS_B_SCALE=b_scale is not None,
             **{"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": 8},
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
         )
     return out
 
 
 def weight_gradient(
-    grad: Tensor, codes: Tensor, scale: Tensor, *, in_bf16: bool, processors: int = 108
+    grad: Tensor, codes: Tensor, scale: Tensor, *, in_bf16: bool, processors: int | None = None
 ) -> Tensor:
     """(grad * scale)^T codes over the rows: grad (M, N), codes (M, K) int8; (N, K) in fp32.
 
-    processors: multiprocessors of the device; the rows are split until every one has a tile.
+    processors: multiprocessors (the device's by default); the rows are split until every one has
+    a tile.
     """
+    if processors is None:
+        processors = processor_count(grad.device)
     (rows, outputs), inputs = grad.shape, codes.shape[1]
     if grad.stride(1) != 1:
         grad = grad.contiguous()
     tiles = gradient_tiles(device_capability(grad))
-    grid = (triton.cdiv(outputs, tiles.n), triton.cdiv(inputs, tiles.k))
+    grid = (cdiv(outputs, tiles.n), cdiv(inputs, tiles.k))
     wanted = max(1, min(MAX_SPLITS, processors // (grid[0] * grid[1])))
-    per_split = triton.cdiv(triton.cdiv(max(rows, 1), wanted), tiles.m) * tiles.m
-    splits = triton.cdiv(max(rows, 1), per_split)
+    per_split = cdiv(cdiv(max(rows, 1), wanted), tiles.m) * tiles.m
+    splits = cdiv(max(rows, 1), per_split)
     partial = torch.empty(splits, outputs, inputs, dtype=torch.float32, device=grad.device)
-    weight_gradient_kernel[(*grid, splits)](
+    launch = launcher(
+        weight_gradient_kernel, (*grid, splits), warps=tiles.warps, stages=tiles.stages
+    )
+    launch(
         *(grad, codes, scale, partial, rows, outputs, inputs, grad.stride(0), per_split),
         DOT_IN_BF16=in_bf16,
         **{"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k},
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
     return partial[0] if splits == 1 else partial.sum(0)
 

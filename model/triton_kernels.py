@@ -27,33 +27,55 @@ def quantize_rows_kernel(
     column_scale_ptr,
     codes_ptr,
     scale_ptr,
+    source_ptr,
+    expert_ptr,
+    num_rows,
     num_columns,
     x_stride,
     HAS_COLUMN_SCALE: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+    HAS_EXPERT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: codes = round(v * 127 / max|v|), scale = max|v| / 127, with v = x * column_scale."""
-    row = tl.program_id(0).to(tl.int64)
-    peak = tl.full((BLOCK,), 0.0, dtype=tl.float32)
+    """Rows: codes = round(v * 127 / max|v|), scale = max|v| / 127, with v = x * column_scale.
+
+    x is read in row source[row], and the scales of expert[row], where those are given.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_inside = rows < num_rows
+    x_rows = rows
+    if HAS_SOURCE:
+        x_rows = tl.load(source_ptr + rows, mask=row_inside, other=0).to(tl.int64)
+    scale_at = tl.zeros((BLOCK_ROWS,), dtype=tl.int64)
+    if HAS_EXPERT:
+        scale_at = tl.load(expert_ptr + rows, mask=row_inside, other=0).to(tl.int64) * num_columns
+    peak = tl.zeros((BLOCK_ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < num_columns
-        v = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        inside = row_inside[:, None] & (columns < num_columns)[None, :]
+        v = tl.load(x_ptr + x_rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
+        v = v.to(tl.float32)
         if HAS_COLUMN_SCALE:
-            v *= tl.load(column_scale_ptr + columns, mask=inside, other=0.0)
+            at = column_scale_ptr + scale_at[:, None] + columns[None, :]
+            v *= tl.load(at, mask=inside, other=0.0)
         peak = tl.maximum(peak, tl.abs(v))
-    largest = tl.maximum(tl.max(peak, axis=0), 1e-30)
-    factor = tl.div_rn(1.0, largest) * 127.0  # as torch evaluates 127 / tensor
-    tl.store(scale_ptr + row, tl.div_rn(largest, 127.0))
+    largest = tl.maximum(tl.max(peak, axis=1), 1e-30)
+    # As torch evaluates 127 / tensor.
+    factor = tl.div_rn(tl.full((BLOCK_ROWS,), 1.0, dtype=tl.float32), largest) * 127.0
+    step = tl.div_rn(largest, tl.full((BLOCK_ROWS,), 127.0, dtype=tl.float32))
+    tl.store(scale_ptr + rows, step, mask=row_inside)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < num_columns
-        v = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        inside = row_inside[:, None] & (columns < num_columns)[None, :]
+        v = tl.load(x_ptr + x_rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
+        v = v.to(tl.float32)
         if HAS_COLUMN_SCALE:
-            v *= tl.load(column_scale_ptr + columns, mask=inside, other=0.0)
-        codes = (v * factor + _ROUND) - _ROUND
-        offsets = row * num_columns + columns
-        tl.store(codes_ptr + offsets, codes.to(tl.int8), mask=inside)
+            at = column_scale_ptr + scale_at[:, None] + columns[None, :]
+            v *= tl.load(at, mask=inside, other=0.0)
+        codes = (v * factor[:, None] + _ROUND) - _ROUND
+        codes_at = codes_ptr + rows[:, None] * num_columns + columns[None, :]
+        tl.store(codes_at, codes.to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -65,10 +87,14 @@ def ternarize_kernel(
     num_rows,
     num_columns,
     weight_stride,
+    rows_per_matrix,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """A block of rows of W: ternary codes in both layouts and the least-squares scale per row."""
+    """A block of rows of W: ternary codes in both layouts and the least-squares scale per row.
+
+    W is one matrix or a stack of them; the second layout transposes each by itself.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_inside = rows < num_rows
     total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
@@ -95,7 +121,9 @@ def ternarize_kernel(
         count += tl.sum(tl.abs(q), axis=1)
         codes = q.to(tl.int8)
         tl.store(codes_ptr + rows[:, None] * num_columns + columns[None, :], codes, mask=inside)
-        turned = columns[None, :].to(tl.int64) * num_rows + rows[:, None]
+        start_of_matrix = (rows // rows_per_matrix) * rows_per_matrix * num_columns
+        turned = columns[None, :].to(tl.int64) * rows_per_matrix
+        turned += (start_of_matrix + rows % rows_per_matrix)[:, None]
         tl.store(codes_t_ptr + turned, codes, mask=inside)
     tl.store(scale_ptr + rows, tl.div_rn(weighted, tl.maximum(count, 1.0)), mask=row_inside)
 
@@ -171,6 +199,10 @@ def weight_gradient_kernel(
 
     A small weight has too few tiles to fill the device, so the rows are split; the caller adds the
     parts in a fixed order (atomic adds would make the result depend on timing).
+
+    fp32 gradients are split into two tf32 numbers: 22 bits of them, and codes are exact. Asking
+    for "ieee" would give a single tf32 product, 11 bits, on sm_100: there Triton sees through the
+    conversion of the codes (triton-lang/triton issue 10176).
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -195,7 +227,7 @@ def weight_gradient_kernel(
         if DOT_IN_BF16:
             sums = tl.dot(grad.to(tl.bfloat16), codes.to(tl.bfloat16), sums)
         else:
-            sums = tl.dot(grad, codes.to(tl.float32), sums, input_precision="ieee")
+            sums = tl.dot(grad, codes.to(tl.float32), sums, input_precision="tf32x3")
     offsets = (split * num_outputs + n[:, None]) * num_inputs + k[None, :]
     inside = (n < num_outputs)[:, None] & (k < num_inputs)[None, :]
     tl.store(partial_ptr + offsets, sums, mask=inside)

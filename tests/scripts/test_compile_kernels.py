@@ -29,19 +29,24 @@ def compiled(tmp_path_factory):
     return compile_all(tmp_path_factory, "--operands", "bf16")
 
 
-def rows_of(compiled, kernel, use=""):
-    wanted = (kernel, use)
-    return {row["architecture"]: row for row in compiled if (row["kernel"], row["use"]) == wanted}
+@pytest.fixture(scope="module")
+def compiled_in_fp32(tmp_path_factory):
+    return compile_all(tmp_path_factory, "--operands", "fp32")
+
+
+def rows_of(compiled, kernel):
+    """Every build of a kernel, for every architecture."""
+    return [row for row in compiled if row["kernel"] == kernel]
 
 
 def assert_fits_everywhere(compiled):
-    for kernel in {(row["kernel"], row["use"]) for row in compiled}:
-        rows = rows_of(compiled, *kernel)
-        assert sorted(rows) == sorted(ARCHITECTURES)
-        for architecture, row in rows.items():
-            assert row["code_bytes"] > 0
-            assert row["shared_bytes"] <= SHARED_BYTES[architecture], row
-            assert row["stack_bytes"] <= MAX_STACK_BYTES, row
+    found = [(row["kernel"], row["use"], row["architecture"]) for row in compiled]
+    kinds = {build[:2] for build in found}
+    assert sorted(found) == sorted((*kind, number) for kind in kinds for number in ARCHITECTURES)
+    for row in compiled:
+        assert row["code_bytes"] > 0
+        assert row["shared_bytes"] <= SHARED_BYTES[row["architecture"]], row
+        assert row["stack_bytes"] <= MAX_STACK_BYTES, row
 
 
 def test_every_kernel_for_every_architecture(compiled):
@@ -49,8 +54,8 @@ def test_every_kernel_for_every_architecture(compiled):
 
 
 @pytest.mark.soak
-def test_every_kernel_with_fp32_products_for_every_architecture(tmp_path_factory):
-    assert_fits_everywhere(compile_all(tmp_path_factory, "--operands", "fp32"))
+def test_every_kernel_with_fp32_products_for_every_architecture(compiled_in_fp32):
+    assert_fits_everywhere(compiled_in_fp32)
 
 
 def test_the_scan_multiplies_on_tensor_cores_in_bf16(compiled):
@@ -59,19 +64,35 @@ def test_the_scan_multiplies_on_tensor_cores_in_bf16(compiled):
         *("input_gradient_kernel", "score_gradient_kernel", "shared_gradient_kernel"),
     ]
     for name in products:
-        rows = [row for row in compiled if row["kernel"] == name]
+        rows = rows_of(compiled, name)
         assert rows
         for row in rows:
             assert row["tensor_core"], row
             assert all("f32.bf16.bf16" in used or "f16" in used for used in row["tensor_core"]), row
 
 
-def test_int8_products_run_on_integer_tensor_cores(compiled):
-    for architecture, row in rows_of(compiled, "int8_product_kernel").items():
-        wanted = "wgmma.mma_async" if architecture == 90 else "mma"
+@pytest.mark.parametrize("kernel", ["int8_product_kernel", "grouped_int8_product_kernel"])
+def test_int8_products_run_on_integer_tensor_cores(compiled, kernel):
+    rows = rows_of(compiled, kernel)
+    assert rows
+    for row in rows:
+        wanted = "wgmma.mma_async" if row["architecture"] == 90 else "mma"
         used = [name for name in row["tensor_core"] if "s32.s8.s8" in name]
         assert used and all(name.startswith(wanted) for name in used), row
         assert len(used) == len(row["tensor_core"])  # and on nothing else
+
+
+def test_logits_in_bf16_are_formed_on_tensor_cores(compiled):
+    instructions = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    for row in rows_of(compiled, "logit_gradient_kernel"):
+        wanted = instructions.get(row["architecture"], "mma.sync")
+        assert any(name.startswith(wanted) for name in row["tensor_core"]), row
+
+
+@pytest.mark.soak
+def test_logits_in_fp32_are_not_rounded_to_fit_a_tensor_core(compiled_in_fp32):
+    for row in rows_of(compiled_in_fp32, "logit_gradient_kernel"):
+        assert row["tensor_core"] == []
 
 
 def test_the_pattern_does_not_take_other_instructions_for_products():

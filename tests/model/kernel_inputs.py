@@ -1,0 +1,33 @@
+"""What the tests of the Triton kernels share: seeded inputs, and memory that shows gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU: Triton's interpreter
+
+
+@contextmanager
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every torch.empty and empty_like holds values that no kernel would write."""
+
+    def poison(make):
+        def made(*arguments, **options):
+            tensor = make(*arguments, **options)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+        return made
+
+    with monkeypatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, poison(getattr(torch, name)))
+        yield
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(device=DEVICE, dtype=dtype)
