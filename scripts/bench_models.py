@@ -32,7 +32,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     ),
     "3M, the quickstart": (),
     "10M": (
-        "--d-model=384", "--n-heads=12", "--kv-latent-dim=96", "--d-ff=1152", "--batch-size=4",
+        "--d-model=384", "--n-heads=12", "--kv-latent-dim=96", "--d-ff=1152",
     ),
 }  # fmt: skip
 
