@@ -38,13 +38,14 @@ def times_transposed(codes: Tensor, weight_codes: Tensor) -> Tensor:
 
 
 def code_product(codes: Tensor, weight_codes: Tensor, weight: Tensor) -> Tensor:
-    """codes (..., n, in) times weight_codes (..., out, in) transposed, where codes are integers.
+    """codes (..., in) times weight_codes (out, in) transposed; like matmul where those are stacked.
 
-    weight is what weight_codes are the codes of; their bytes are kept as long as they. Returns
-    int32 in place of codes' type where bytes are multiplied.
+    Codes are integers in any type; weight is what weight_codes are the codes of, whose bytes are
+    kept as long as they. Returns int32 in place of codes' type where bytes are multiplied.
     """
     dtype = code_dtype(codes)
     if dtype != torch.int8 or weight_codes.dim() != 2:
         return torch.matmul(codes, weight_codes.mT)
     held = cached("bytes", (weight,), 0, lambda: weight_codes.to(dtype))
-    return times_transposed(codes.to(dtype).flatten(0, -2), held).view(*codes.shape[:-1], -1)
+    rows = codes.to(dtype).reshape(-1, codes.shape[-1])
+    return times_transposed(rows, held).view(*codes.shape[:-1], held.shape[0])

@@ -204,8 +204,9 @@ class _Swiglu(torch.autograd.Function):
         codes_out, scale_out = _weight_codes(weight_out, settings)
         num_rows = x.shape[0] if plan is None else plan.token_of_row.numel()
         products = _products(plan, num_rows)
+        grouped = plan is not None and plan.grouped
         whole = settings.ternary and scale_in is not None and scale_out is not None
-        operand = code_dtype(x_codes) if whole else dtype
+        operand = code_dtype(x_codes) if whole and not grouped else dtype
         x_operand = x_codes.to(operand)
         operand_in, operand_out = codes_in.to(operand), codes_out.to(operand)
 

@@ -17,12 +17,12 @@ from model.config import SigmaModelConfig
 from model.sigma_llm import SigmaLLM
 from scripts.baseline_gpt import orthogonalize
 from scripts.plain_sigma import PlainSigma
-from training.batch import Batch
 from training.build import build_trainer
 from training.config.cli import parse_args
 from training.config.sigma_config import SigmaConfig
 from training.optimizer import projection_names
 from training.sigma_trainer import SigmaTrainer
+from training.stream.batch import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Names say the active parameters. Widths of 1M and 10M keep the quickstart's proportions.

@@ -92,6 +92,12 @@ def test_a_cpu_with_byte_products_uses_them():
     assert code_product(codes, torch.ones(4, 3), torch.ones(4, 3)).dtype == torch.int32
 
 
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 0, 24), (2, 3, 24)])
+def test_single_tokens_and_none(both, shape):
+    layer = BitLinear(24, 5, generator=torch.Generator().manual_seed(1))
+    both(lambda: [layer(random(*shape)).detach()])
+
+
 def test_other_types_and_stacks_keep_their_product():
     for dtype in (torch.float64, torch.bfloat16):
         assert code_dtype(torch.ones(2, dtype=dtype)) == dtype
