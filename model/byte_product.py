@@ -26,6 +26,8 @@ def multiplies_bytes() -> bool:
 
 def code_dtype(values: Tensor) -> torch.dtype:
     """Type in which products of the codes of `values` are best held: int8 or their own."""
+    if torch.compiler.is_compiling():  # the question to the CPU cannot be traced
+        return values.dtype
     on_cpu = values.device.type == "cpu" and values.dtype == torch.float32
     return torch.int8 if on_cpu and multiplies_bytes() else values.dtype
 

@@ -29,6 +29,7 @@ from training.runtime.environment import keep_freed_memory, versions
 
 WARMUP_RUNS = 2
 FEWEST_ROUNDS = 7
+COMPILED = "torch.compile"  # in the name of every way that compiles
 Run = Callable[[], object]
 aten = torch.ops.aten
 
@@ -55,13 +56,16 @@ class Case:
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class BenchOptions:
-    """rounds per case; threads of torch; clock "cpu" or "wall"; only: part of a case's name."""
+    """rounds per case; threads of torch; clock "cpu" or "wall"; only: part of a case's name;
+    compiled: whether ways under torch.compile are measured, which takes minutes.
+    """
 
     rounds: int
     threads: int
     clock: str
     device: torch.device
     only: str = ""
+    compiled: bool = True
 
     def now(self) -> float:
         """Seconds on the chosen clock, after the device has done its work."""
@@ -79,6 +83,7 @@ def parse_options(description: str, arguments: Sequence[str]) -> tuple[BenchOpti
     parser.add_argument("--clock", choices=("auto", "cpu", "wall"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds TEXT")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     given = parser.parse_args(arguments)
     if given.rounds < FEWEST_ROUNDS:
         raise ValueError(
@@ -97,6 +102,7 @@ def parse_options(description: str, arguments: Sequence[str]) -> tuple[BenchOpti
         clock=clock,
         device=torch.device(device),
         only=given.only,
+        compiled=not given.no_compile,
     )
     return options, given.json
 
@@ -167,7 +173,10 @@ def measure_case(case: Case, options: BenchOptions) -> list[dict[str, Any]]:
     runs: dict[str, Run] = {}
     failures: dict[str, str] = {}
     flops = 0.0
+    left_out = [way for way in case.ways if COMPILED in way and not options.compiled]
     for way, make in case.ways.items():
+        if way in left_out:
+            continue
         try:
             run = make()
             for _ in range(WARMUP_RUNS):
@@ -182,6 +191,9 @@ def measure_case(case: Case, options: BenchOptions) -> list[dict[str, Any]]:
     ours = seconds.get(next(iter(case.ways)))
     rows = []
     for way in case.ways:
+        if way in left_out:
+            rows.append(head | {"way": way, "not_measured": "left out by --no-compile"})
+            continue
         if way in failures:
             rows.append(head | {"way": way, "failed": failures[way]})
             continue

@@ -18,8 +18,8 @@ from scripts.bench_common import BenchOptions, Case, Run, run_bench
 from scripts.bench_models import random_batch, token_model
 
 TOKENS = 4096
-LENGTHS = (128, 512, 1024, 2048, 4096)
-EXPERTS = (0, 4, 8, 16, 32)
+LENGTHS = (128, 512, 2048, 4096)
+EXPERTS = (0, 4, 8, 16)
 SMALL = (
     "--d-model=96", "--n-heads=3", "--kv-latent-dim=24", "--d-ff=288", "--no-engram-enabled",
     "--n-layers=3",
