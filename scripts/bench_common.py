@@ -222,14 +222,16 @@ def time_in_turns(runs: Mapping[str, Run], options: BenchOptions) -> dict[str, l
 
 
 def count_flops(run: Run) -> float:
-    """Floating-point operations of the matrix products of one call, in place ones too."""
+    """Operations of the matrix products of one call, in place and byte products too."""
 
-    def addmm(total: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+    def product(left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
         return 2 * left[-2] * left[-1] * right[-1] * (left[0] if len(left) == 3 else 1)
 
-    counter = FlopCounterMode(
-        display=False, custom_mapping={aten.addmm_: addmm, aten.baddbmm_: addmm}
-    )
+    def added(total: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+        return product(left, right)
+
+    mapping = {aten.addmm_: added, aten.baddbmm_: added, aten._int_mm: product}
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with counter:
         run()
     return float(counter.get_total_flops())

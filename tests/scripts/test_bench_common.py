@@ -80,7 +80,7 @@ def test_work_for_another_device_is_listed_as_not_measured(monkeypatch):
     assert row["not_measured"] == "needs cuda" and work.calls == []
 
 
-def test_products_are_counted_in_place_ones_too():
+def test_products_are_counted_in_place_and_byte_products_too():
     left, right, total = torch.ones(3, 5), torch.ones(5, 7), torch.zeros(3, 7)
     stack = torch.ones(2, 3, 5), torch.ones(2, 5, 7), torch.zeros(2, 3, 7)
 
@@ -88,8 +88,9 @@ def test_products_are_counted_in_place_ones_too():
         torch.mm(left, right)
         total.addmm_(left, right)
         stack[2].baddbmm_(stack[0], stack[1])
+        torch._int_mm(left.to(torch.int8), right.to(torch.int8))
 
-    assert bench_common.count_flops(run) == 2 * 3 * 5 * 7 * 4
+    assert bench_common.count_flops(run) == 2 * 3 * 5 * 7 * 5
 
 
 def test_the_result_says_where_it_was_measured(tmp_path, monkeypatch):
