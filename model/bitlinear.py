@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.byte_product import code_product
 from model.weight_cache import cached
 
 EPS = 1e-12
@@ -137,7 +138,8 @@ class _ExactProduct(torch.autograd.Function):
         x_scale = peak / 127.0  # (..., 1)
         ctx.save_for_backward(x_codes, x_scale, codes, scale)
         ctx.weight_dtype = weight.dtype
-        return _product(x_codes, codes).mul_(x_scale).mul_(_row_scale(scale).to(x.dtype))
+        row_scale = _row_scale(scale).to(x.dtype)
+        return code_product(x_codes, codes, weight).mul(x_scale).mul_(row_scale)
 
     @staticmethod
     @once_differentiable

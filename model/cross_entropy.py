@@ -44,10 +44,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (block @ operand.mT).to(wide)  # (n, V)
             target = targets[rows].unsqueeze(1)
             picked = logits.gather(1, target)
-            peak, place = logits.max(dim=1, keepdim=True)
             probs = torch.softmax(logits, dim=1)
             # logsumexp from the largest probability: softmax has already paid for the exponentials.
-            normaliser = peak - probs.gather(1, place).log_()
+            normaliser = logits.amax(1, keepdim=True) - probs.amax(1, keepdim=True).log_()
             loss += ((normaliser - picked).squeeze(1) * row_weight[rows]).sum()
             if not (needs_hidden or needs_weight):
                 continue

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.bitlinear import expand_scale, quantize_tokens, ternarize, ternary_weight
+from model.byte_product import code_dtype, times_transposed
 from model.norm_rope import rms_norm
 
 _TINY = 1e-30
@@ -106,7 +107,7 @@ class _LoopProducts:
             start += size
 
     def times_transposed(self, rows: Tensor, weight: Tensor, expert: int) -> Tensor:
-        return rows @ weight[expert].mT
+        return times_transposed(rows, weight[expert])
 
     def times(self, rows: Tensor, weight: Tensor, expert: int) -> Tensor:
         return rows @ weight[expert]
@@ -210,15 +211,19 @@ class _Swiglu(torch.autograd.Function):
         x_codes = (x_codes * unit if unit != 1.0 else x_codes).to(dtype)
         codes_in, scale_in = _weight_codes(weight_in, settings)
         codes_out, scale_out = _weight_codes(weight_out, settings)
-        operand_in, operand_out = codes_in.to(dtype), codes_out.to(dtype)
-
         num_rows = x.shape[0] if plan is None else plan.token_of_row.numel()
         products = _products(plan, num_rows)
+        grouped = plan is not None and plan.grouped
+        whole = settings.ternary and scale_in is not None and scale_out is not None
+        operand = code_dtype(x_codes) if whole and not grouped else dtype
+        x_operand = x_codes.to(operand)
+        operand_in, operand_out = codes_in.to(operand), codes_out.to(operand)
+
         gate_up = x.new_empty(num_rows, weight_in.shape[-2])
         y_rows = x.new_empty(num_rows, weight_out.shape[-2])
         for rows, expert in products.blocks():
             token = rows if plan is None else plan.token_of_row[rows]
-            product = products.times_transposed(_take(x_codes, token), operand_in, expert)
+            product = products.times_transposed(_take(x_operand, token), operand_in, expert)
             step = None if x_step is None else _take(x_step, token)
             scale = None if scale_in is None else products.row_scale(scale_in, expert)
             block = gate_up[rows]
@@ -228,7 +233,7 @@ class _Swiglu(torch.autograd.Function):
             if settings.ternary:
                 hidden, step = token_codes(hidden)
                 hidden = hidden.mul_(unit) if unit != 1.0 else hidden
-            product = products.times_transposed(hidden.to(dtype), operand_out, expert)
+            product = products.times_transposed(hidden.to(operand), operand_out, expert)
             scale = None if scale_out is None else products.row_scale(scale_out, expert)
             _write_scaled(y_rows[rows], product, step, scale, unit)
 

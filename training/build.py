@@ -31,6 +31,8 @@ from training.optimizer import build_optimizer as optimizer_for
 from training.run_services import RunServices
 from training.runtime.atomic_io import FileOps
 from training.runtime.checkpoint import CheckpointStore
+from training.runtime.clock import PhaseClock
+from training.runtime.directories import perf_directory
 from training.runtime.environment import (
     CACHE_DIRECTORY,
     autocast_dtype,
@@ -43,6 +45,8 @@ from training.runtime.environment import (
     versions,
 )
 from training.runtime.memory_guard import MemoryGuard, read_memory
+from training.runtime.operator_profile import times_on_device
+from training.runtime.perf_window import PerfWindow
 from training.runtime.recorder import RunRecorder
 from training.runtime.report_html import write_report
 from training.runtime.report_refresh import ReportRefresher
@@ -211,6 +215,7 @@ def build_trainer(
         batch_size=config.data.batch_size, accumulation=config.data.grad_accum_steps
     )
     services = RunServices(
+        clock=build_clock(config, display, device),
         store=store,
         saves=SaveSchedule(store, interval=config.run.save_interval, say=display.message),
         plan=plan,
@@ -252,6 +257,23 @@ def build_recorder(config: SigmaConfig, display: RunDisplay, device: torch.devic
         tokens_per_step=data.batch_size * data.seq_len * data.grad_accum_steps,
         ema_beta=config.run.metrics_ema_beta,
     )
+
+
+def build_clock(config: SigmaConfig, display: RunDisplay, device: torch.device) -> PhaseClock:
+    """The clock of a step's phases, watched by a performance window if one is asked for."""
+    perf, data = config.perf, config.data
+    if not perf.perf_profile_enable:
+        return PhaseClock(device)
+    window = PerfWindow(
+        perf,
+        directory=perf_directory(config),
+        device=device,
+        on_device=times_on_device(perf.perf_device_time_mode, device),
+        tokens_per_step=data.batch_size * data.seq_len * data.grad_accum_steps,
+        config_hash=config_hash(config),
+        say=display.message,
+    )
+    return PhaseClock(device, window=window)
 
 
 def build_guards(

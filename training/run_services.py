@@ -14,6 +14,7 @@ from training.audit import RunAudit
 from training.evaluation import EvalResult
 from training.micro_batch import MicroBatchPlan
 from training.runtime.checkpoint import CheckpointStore
+from training.runtime.clock import PhaseClock
 from training.runtime.memory_guard import MemoryGuard
 from training.runtime.recorder import RunRecorder
 from training.runtime.report_refresh import ReportRefresher
@@ -25,14 +26,15 @@ from training.runtime.watchdog import HangWatchdog
 class RunServices:
     """One value per service of a run.
 
-    saves: when to save, and what becomes of a save that fails. plan: rows per micro-batch; short
-    memory makes it finer. memory, watchdog: asked for relief, and told that the run is alive, at
-    every step. audit: guards that watch and never steer. autocast: context of every forward.
-    sample: text the model writes now. on_open: called once the run directory is locked (the
-    resolved settings). report: refreshed after saves. forward_model: the model, or its compiled
-    form.
+    clock: times the phases of a step. saves: when to save, and what becomes of a save that fails.
+    plan: rows per micro-batch; short memory makes it finer. memory, watchdog: asked for relief, and
+    told that the run is alive, at every step. audit: guards that watch and never steer. autocast:
+    context of every forward. sample: text the model writes now. on_open: called once the run
+    directory is locked (the resolved settings). report: refreshed after saves. forward_model: the
+    model, or its compiled form.
     """
 
+    clock: PhaseClock
     store: CheckpointStore
     saves: SaveSchedule
     plan: MicroBatchPlan

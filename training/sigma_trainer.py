@@ -23,7 +23,6 @@ from training.nonfinite import NonFiniteGuard, Verdict, state_is_finite
 from training.optimizer import OptimizerSet
 from training.run_services import RunServices
 from training.runtime.checkpoint import Checkpoint
-from training.runtime.clock import PhaseClock
 from training.runtime.crash_report import write_crash_report
 from training.runtime.locks import RunLock
 from training.runtime.memory_guard import MemoryLimitReached, Relief, clear_caches
@@ -57,7 +56,7 @@ class SigmaTrainer:
         self.features = features
         self.services = services
         self.device = device
-        self.clock = PhaseClock(device)
+        self.clock = services.clock
         self.guard = NonFiniteGuard()
         self.plan = services.plan
         self.step = 0
@@ -259,6 +258,7 @@ class SigmaTrainer:
         if saving and not state_is_finite(self.model, self.optimizer):
             self._reject(self.step, self.guard.judge_state(finite=False, step=self.step))
             return
+        self.clock.finish_step()
         recorder.observe(ctx)
         self.services.audit.observe(self.step, self.model)
         for message in self.stream.take_messages():
@@ -386,6 +386,7 @@ class SigmaTrainer:
     def _close(self) -> None:
         self.features.close()
         try:
+            self.clock.close()
             self.services.audit.close()
             self.stream.close()
             self.services.store.close()

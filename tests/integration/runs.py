@@ -24,8 +24,8 @@ TINY = """
 --no-strict-feature-usage --integrity-hidden-eval-every 0
 """
 WALL_CLOCK = (
-    "_s", "_ms", "tokens_per_s", "time_utc", "cpu_percent", "ram_", "gpu_", "_per_s_ema",
-)
+    "_s", "_ms", "tokens_per_s", "time_utc", "cpu_percent", "ram_", "gpu_", "_per_s_ema", "perf_",
+)  # fmt: skip
 
 
 def tiny_flags(directory: Path, *more: str) -> list[str]:

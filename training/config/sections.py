@@ -195,6 +195,25 @@ class PrecisionConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class PerfConfig:
+    perf_profile_enable: bool = flag(False, "Run a performance window and write perf/*.json.")
+    perf_warmup_steps: int = flag(20, "Steps before the window.", minimum=0)
+    perf_measure_steps: int = flag(200, "Steps measured.", minimum=1, maximum=10**6)
+    perf_profiler_steps: int = flag(
+        50, "The last of them run under the operator profiler, not in the averages.", minimum=0
+    )
+    perf_report_dir: str = flag("", "Report directory; empty = <output-dir>/perf.", is_path=True)
+    perf_device_time_mode: str = flag(
+        "auto",
+        "Clock of operator times; auto = the device's on CUDA, else cpu.",
+        choices=("auto", "cuda", "device", "cpu"),
+    )
+    perf_sync_boundaries: bool = flag(
+        True, "Synchronise the device at phase edges inside the window."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
 class EmaConfig:
     enabled: bool = flag(False, "Keep an exponential moving average of the weights.")
     decay: float = flag(0.997, "Decay per step.", above=0.0, below=1.0)

@@ -22,6 +22,7 @@ from training.config.sections import (
     IntegrityConfig,
     ModelConfig,
     OptimConfig,
+    PerfConfig,
     PrecisionConfig,
     RunConfig,
 )
@@ -42,6 +43,7 @@ class SigmaConfig:
     optim: OptimConfig = section(OptimConfig, title="Optimizer and schedule")
     eval: EvalConfig = section(EvalConfig, title="Evaluation and samples while training")
     precision: PrecisionConfig = section(PrecisionConfig, title="Precision and compilation")
+    perf: PerfConfig = section(PerfConfig, title="Performance window")
     ema: EmaConfig = section(EmaConfig, title="Weight average", prefix="ema")
     curriculum: CurriculumConfig = section(
         CurriculumConfig, title="Sequence-length curriculum", prefix="curriculum"
@@ -65,6 +67,7 @@ class SigmaConfig:
         self._validate_run()
         self._validate_curriculum()
         self._validate_adaptive()
+        self._validate_perf()
         try:
             self.model_config(vocab_size=SigmaModelConfig().vocab_size).validate()
         except ValueError as error:
@@ -108,4 +111,20 @@ class SigmaConfig:
             raise ConfigError(
                 "--aux-adaptive-signal excess needs --aux-adaptive-reference, the checkpoint "
                 "directory of a trained reference model"
+            )
+
+    def _validate_perf(self) -> None:
+        perf, steps = self.perf, self.run.steps
+        if not perf.perf_profile_enable:
+            return
+        if perf.perf_profiler_steps >= perf.perf_measure_steps:
+            raise ConfigError(
+                f"--perf-profiler-steps {perf.perf_profiler_steps} must be below "
+                f"--perf-measure-steps {perf.perf_measure_steps}: profiled steps are not averaged"
+            )
+        needed = perf.perf_warmup_steps + perf.perf_measure_steps
+        if needed > steps:
+            raise ConfigError(
+                f"--perf-warmup-steps + --perf-measure-steps = {needed} must not exceed --steps "
+                f"{steps}"
             )

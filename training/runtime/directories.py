@@ -26,10 +26,12 @@ VOCAB_SIZES = {"assets-4k": 4096}
 def check_directories(config: SigmaConfig) -> None:
     """EnvironmentProblem when a run directory is not writable or clearly lacks space."""
     run = config.run
-    needs = (
+    needs = [
         ("--output-dir", run.output_dir, LOG_BYTES),
         ("--checkpoint-dir", run.checkpoint_dir, CHECKPOINTS_AT_ONCE * checkpoint_bytes(config)),
-    )
+    ]
+    if config.perf.perf_profile_enable and config.perf.perf_report_dir:
+        needs.append(("--perf-report-dir", config.perf.perf_report_dir, MIB))
     for flag, directory, needed in needs:
         problem = write_problem(Path(directory))
         if problem:
@@ -42,6 +44,11 @@ def check_directories(config: SigmaConfig) -> None:
                 f"{flag} {directory} has {free // MIB} MiB free of about {needed // MIB} needed",
                 f"free space or choose another {flag}",
             )
+
+
+def perf_directory(config: SigmaConfig) -> Path:
+    """Where the reports of a performance window go."""
+    return Path(config.perf.perf_report_dir or Path(config.run.output_dir) / "perf")
 
 
 def cache_directory(config: SigmaConfig) -> Path:

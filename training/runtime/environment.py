@@ -51,6 +51,7 @@ def prepare_caches(directory: Path = CACHE_DIRECTORY) -> None:
     root = directory.absolute()
     os.environ.setdefault("TRITON_CACHE_DIR", str(root / "triton"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler would log every session
     # Intel's Fortran runtime, part of torch on Windows, would end the process on Ctrl+C.
     os.environ.setdefault("FOR_DISABLE_CONSOLE_CTRL_HANDLER", "1")
 

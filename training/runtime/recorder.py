@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from training.context import Metric, StepContext
-from training.runtime.clock import PhaseClock
+from training.runtime.clock import STAGES, PhaseClock, bottleneck, phase_columns, stage_seconds
 from training.runtime.environment import memory_readings
 from training.runtime.metrics import MetricsLog, write_status
 from training.runtime.ui import RunDisplay
@@ -82,7 +82,7 @@ class RunRecorder:
             else self._beta * self._speed_ema + (1.0 - self._beta) * effective
         )
         assert self._loss_ema is not None
-        phases = _phases(clock)
+        phases = phase_columns(clock.seconds)
         row = {
             "step": ctx.step,
             "time_utc": _now(),
@@ -102,9 +102,13 @@ class RunRecorder:
             **memory_readings(self._device),
         }
         row["phase_metrics_s"] = time.perf_counter() - start
+        stages = stage_seconds(clock.seconds) | {"metrics": row["phase_metrics_s"]}
+        stage, row["perf_bottleneck_share"] = bottleneck(stages)
+        row["perf_bottleneck_stage_id"] = STAGES.index(stage)
         self._last_row_step, self._last_row_time = ctx.step, time.perf_counter()
         self._write(row)
         self.display.update(row)
+        clock.add("metrics", time.perf_counter() - start)
 
     def write_sample(self, step: int, text: str) -> None:
         line = json.dumps({"step": step, "text": text}, ensure_ascii=True)
@@ -155,24 +159,6 @@ class RunRecorder:
         self._log.append(row)
         write_status(self.output_dir / "status_latest.json", row)
         self.last_row = row
-
-
-def _phases(clock: PhaseClock) -> dict[str, float]:
-    """Span seconds under their metric names, with the identities of FLAGS section 5."""
-    spent = clock.seconds
-    parts = {name: spent.get(name, 0.0) for name in ("forward", "backward", "opt_step")}
-    zero_grad, other = spent.get("zero_grad", 0.0), spent.get("features", 0.0)
-    optim = parts["backward"] + parts["opt_step"] + zero_grad
-    return {
-        "phase_data_s": spent.get("data", 0.0),
-        "phase_train_s": parts["forward"] + optim + other,
-        "phase_forward_s": parts["forward"],
-        "phase_optim_s": optim,
-        "phase_backward_s": parts["backward"],
-        "phase_opt_step_s": parts["opt_step"],
-        "phase_zero_grad_s": zero_grad,
-        "phase_train_other_s": other,
-    }
 
 
 def _number(value: Metric | None) -> float | None:
