@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.kernel_builds import Build
+    from model.kernel_build import Build
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
