@@ -7,15 +7,16 @@ Roles come from the parameter's name and shape, so the model needs no marks:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from model.bitlinear import BitLinear
 from model.moe import Experts
 from training.config.sections import OptimConfig
+from training.optim.adamw import AdamW
+from training.optim.base import Scale, ScaledOptimizer
 from training.optim.muon import Muon
 
 ADAM_BETAS = (0.9, 0.95)
@@ -44,6 +45,16 @@ def projection_names(model: nn.Module) -> set[str]:
     }
 
 
+def expert_parameters(model: nn.Module) -> list[Tensor]:
+    """Weights stacked by expert along their first dimension."""
+    return [
+        param
+        for module in model.modules()
+        if isinstance(module, Experts)
+        for param in module.parameters(recurse=False)
+    ]
+
+
 def takes_muon(name: str, param: Tensor, settings: OptimConfig, *, projections: set[str]) -> bool:
     """Whether the split rules of the `--muon-*` flags send this parameter to Muon.
 
@@ -65,9 +76,9 @@ def takes_muon(name: str, param: Tensor, settings: OptimConfig, *, projections: 
 
 
 class OptimizerSet:
-    """Several torch optimizers stepped as one, with a state that is keyed by parameter name."""
+    """Several optimizers stepped as one, with a state that is keyed by parameter name."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+    def __init__(self, parts: list[ScaledOptimizer]) -> None:
         self.parts = parts
 
     @property
@@ -83,6 +94,13 @@ class OptimizerSet:
         for group in self.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
             group["weight_decay"] = group["base_weight_decay"] * decay_factor
+
+    def set_scales(self, scales: Mapping[Tensor, Scale] | None) -> None:
+        """Give each part the scales of its own parameters; None ends all scaling."""
+        for part in self.parts:
+            own = {id(param) for group in part.param_groups for param in group["params"]}
+            mine = {param: scale for param, scale in (scales or {}).items() if id(param) in own}
+            part.set_scales(None if scales is None else mine)
 
     def step(self) -> None:
         for part in self.parts:
@@ -131,7 +149,7 @@ def build_optimizer(model: nn.Module, settings: OptimConfig) -> OptimizerSet:
     ]
     muon_names = {name for name, _ in muon}
     adam = [item for item in named if item[0] not in muon_names]
-    parts: list[torch.optim.Optimizer] = []
+    parts: list[ScaledOptimizer] = []
     if muon:
         parts.append(
             Muon(
@@ -144,7 +162,11 @@ def build_optimizer(model: nn.Module, settings: OptimConfig) -> OptimizerSet:
     groups = _adam_groups(adam, lr=adam_lr, weight_decay=settings.weight_decay)
     if groups:
         fused = all(param.is_cuda for _, param in adam)
-        parts.append(torch.optim.AdamW(groups, lr=adam_lr, betas=ADAM_BETAS, fused=fused))
+        parts.append(AdamW(groups, lr=adam_lr, betas=ADAM_BETAS, fused=fused))
+    experts = expert_parameters(model)
+    for part in parts:
+        own = {id(param) for group in part.param_groups for param in group["params"]}
+        part.watch_stacks(param for param in experts if id(param) in own)
     return OptimizerSet(parts)
 
 

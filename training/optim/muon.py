@@ -6,14 +6,16 @@ in fp32: bf16 products have no fast path there (PERFORMANCE section 4).
 Source: K. Jordan et al., Muon (2024); the stacked form and the zero rule are ours.
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from training.optim.base import ScaledOptimizer, Update, gradients
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -41,7 +43,7 @@ def orthogonalize(updates: Tensor, *, num_steps: int, dtype: torch.dtype | None 
     return work.to(updates.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(ScaledOptimizer):
     """Nesterov momentum, orthogonalised per matrix, with decoupled weight decay.
 
     Parameters have at least two dimensions; leading ones count as a stack of matrices (experts).
@@ -66,37 +68,23 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        if closure is not None:
-            raise ValueError("Muon takes no closure")
-        for group in self.param_groups:
-            by_shape: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-            for param in group["params"]:
-                if param.grad is not None:
-                    by_shape[(*param.shape[-2:], param.device, param.dtype)].append(param)
-            for params in by_shape.values():
-                self._update(params, group)
+    def bucket_key(self, param: Tensor) -> Hashable:
+        return *param.shape[-2:], param.device, param.dtype
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def propose(self, params: list[Tensor], group: dict[str, Any]) -> Update:
         rows, cols = params[0].shape[-2:]
         buffers = [self._momentum_buffer(param) for param in params]
-        grads = [param.grad for param in params]
+        grads = gradients(params)
         beta = group["momentum"]
         torch._foreach_lerp_(buffers, grads, 1 - beta)
         directions = torch._foreach_lerp(grads, buffers, beta)
         stacked = torch.cat([direction.reshape(-1, rows, cols) for direction in directions])
         dtype = torch.bfloat16 if stacked.is_cuda else None
         stacked = orthogonalize(stacked, num_steps=group["num_steps"], dtype=dtype)
-        scale = max(1.0, rows / cols) ** 0.5
         sizes = [param.numel() // (rows * cols) for param in params]
-        pieces = [
-            piece.reshape(param.shape) for piece, param in zip(stacked.split(sizes), params)
-        ]
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, pieces, alpha=-group["lr"] * scale)
+        pieces = [piece.reshape(param.shape) for piece, param in zip(stacked.split(sizes), params)]
+        gain = max(1.0, rows / cols) ** 0.5
+        return Update(params=params, directions=pieces, gain=gain, group=group)
 
     def _momentum_buffer(self, param: Tensor) -> Tensor:
         state = self.state[param]
