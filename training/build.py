@@ -96,7 +96,7 @@ def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device)
 
 
 def build_optimizer(config: SigmaConfig, model: nn.Module) -> OptimizerSet:
-    return optimizer_for(model, config.optim)
+    return optimizer_for(model, config.optim, seed=config.run.seed)
 
 
 def build_evaluator(

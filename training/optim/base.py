@@ -82,6 +82,10 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
         """Parameters with equal keys are proposed for together."""
         return param.device, param.dtype
 
+    def metrics(self) -> dict[str, float]:
+        """Columns this optimizer adds to the metrics row. May wait for the device."""
+        return {}
+
     def set_scales(self, scales: Mapping[Tensor, Scale] | None) -> None:
         """Multiply each named parameter's direction from now on; None: no multiplication at all.
 
@@ -139,6 +143,14 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
                 if isinstance(value, Tensor):
                     device = param.device if value.dim() else value.device
                     self.state[param][key] = value.detach().to(device).clone()
+
+    def moment(self, param: Tensor, key: str, shape: Iterable[int] | None = None) -> Tensor:
+        """State tensor of a parameter, at first zeros of its own shape or of the given one."""
+        state = self.state[param]
+        if key not in state:
+            sizes = param.shape if shape is None else tuple(shape)
+            state[key] = torch.zeros(sizes, dtype=param.dtype, device=param.device)
+        return state[key]
 
     def _buckets(self, group: dict[str, Any]) -> Iterator[list[Tensor]]:
         live = [param for param in group["params"] if param.grad is not None]
