@@ -47,9 +47,9 @@ PRESETS = {
     "small": (
         f"{COMMON} --tokenizer-name assets-4k --d-model 48 --n-heads 3 --n-layers 2 "
         "--mamba-ratio 1 --attention-ratio 1 --kv-latent-dim 24 --rope-dim 8 --mamba-head-dim 32 "
-        "--mamba-d-state 16 --mamba-chunk-len 32 --mimo-rank 1 --d-ff 144 --n-routed-experts 4 "
-        "--seq-len 64 --batch-size 8 --steps 200 --warmup-steps 10 --warmdown-fraction 0.6 "
-        "--eval-interval 20 --eval-tokens 4096 --galore-rank 12 --galore-refresh 50"
+        "--mamba-d-state 16 --mamba-chunk-len 32 --mimo-rank 1 --d-ff 144 --n-routed-experts 0 "
+        "--seq-len 64 --batch-size 8 --steps 120 --warmup-steps 8 --warmdown-fraction 0.6 "
+        "--eval-interval 15 --eval-tokens 4096 --galore-rank 12 --galore-refresh 50"
     ),
     "quickstart": f"@{PROJECT / 'profiles' / 'quickstart.txt'} {COMMON} --eval-interval 50",
 }

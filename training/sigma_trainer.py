@@ -276,6 +276,7 @@ class SigmaTrainer:
         if self._is_log_step(self.step) or extra["eval_bpb"] is not None:
             extra |= {
                 **self.model.metrics(),
+                **self.optimizer.metrics(),
                 **self.features.metrics(),
                 **self.services.audit.metrics(),
                 **self.stream.metrics(),

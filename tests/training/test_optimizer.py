@@ -194,3 +194,21 @@ def test_a_missing_entry_is_named(model):
     del state["embed.weight"]
     with pytest.raises(ValueError, match=r"embed\.weight"):
         optimizer.load_state_dict(state)
+
+
+def test_galore_reports_its_columns(model):
+    settings = OptimConfig(optimizer="galore-lion", galore_rank=4, galore_refresh=2)
+    optimizer = build_optimizer(model, settings)
+    start = {name: param.detach().clone() for name, param in model.named_parameters()}
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+    metrics = optimizer.metrics()
+    projected = [p for p in optimizer.parts[0].state if optimizer.parts[0].projects(p)]
+    assert metrics["galore_rank"] == 4 and metrics["galore_refreshes"] == 2 * len(projected) > 0
+    assert 0.0 < metrics["galore_energy_captured"] < 1.0
+    assert metrics["galore_state_bytes"] > 0
+    assert build_optimizer(model, OptimConfig()).metrics() == {}
+    model.load_state_dict(start, strict=False)

@@ -120,14 +120,10 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
         self._norms = {}
         dormant = self._dormant_slices()
         for group in self.param_groups:
-            self.begin_group(group)
             for params in self._buckets(group):
                 self._step_bucket(params, group)
         for part in dormant:
             self._restore(part)
-
-    def begin_group(self, group: dict[str, Any]) -> None:
-        """Called once per step and group, before its first bucket."""
 
     def apply_plainly(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """The update when nobody scales, adjusts or measures."""
@@ -187,7 +183,8 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
         stacks = [param for param in self._stacks if param.grad is not None]
         if not stacks:
             return []
-        live = torch.cat([grad.flatten(1).any(1) for grad in gradients(stacks)])
+        largest = torch.cat([grad.flatten(1).abs().amax(1) for grad in gradients(stacks)])
+        live = largest != 0
         if bool(live.all()):  # the only wait for the device
             return []
         return [

@@ -61,7 +61,7 @@ class GaloreLion(Lion):
     def metrics(self) -> dict[str, float]:
         """The columns of FLAGS section 5, over all projected parameters. Waits for the device."""
         states = [state for param, state in self.state.items() if self.projects(param)]
-        energies = [state["energy"] for state in states if "energy" in state]
+        energies = [float(state["energy"]) for state in states if "energy" in state]
         tensors = [v for state in self.state.values() for v in state.values()]
         return {
             "galore_rank": self.rank,
@@ -71,7 +71,7 @@ class GaloreLion(Lion):
                 for value in tensors
                 if isinstance(value, Tensor) and value.dim()
             ),
-            "galore_energy_captured": float(torch.stack(energies).mean()) if energies else 0.0,
+            "galore_energy_captured": sum(energies) / max(1, len(energies)),
         }
 
     def _refresh(self, param: Tensor, grad: Tensor) -> None:

@@ -114,6 +114,8 @@ class GNProx(ScaledOptimizer):
     def _judge(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Compare what the last step brought with what it promised, and move the damping."""
         state, rule = self.state[param], self.damping
+        for key in ("damping", "ratio"):  # scalars come from a checkpoint on the host
+            state[key] = state[key].to(param.device)
         lift_mean, lift_curvature = self._corrections(param, group)
         lr, step = state["lr"], self._step_vector(param, group)
         slope = (state["mean"] * step).sum() * lift_mean

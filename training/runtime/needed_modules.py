@@ -52,7 +52,7 @@ PROGRAM = (
             "linalg.vecdot",
             "nn.Module",
             "nn.functional.scaled_dot_product_attention",
-            "optim.AdamW",
+            "optim.adamw.adamw",
         ),
     ),
     NeededModule(module="torch.utils.checkpoint", distribution="torch", symbols=("checkpoint",)),
