@@ -2,7 +2,7 @@
 
     python scripts/bench_optimizers.py --preset small --out bench/results/optimizers_small_cpu.json
     python scripts/bench_optimizers.py --preset quickstart --seeds 1,2,3,4,5 --out FILE
-    python scripts/bench_optimizers.py --preset small --only muon,adamw --out FILE
+    python scripts/bench_optimizers.py --preset quickstart --updates-only --out FILE
 
 Every optimizer first runs its grid of learning rates with the first seed; a best value at the edge
 of the grid extends it. What muon, soap and their like leave to AdamW moves at the rate found for
@@ -298,6 +298,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", default="adamw", choices=sorted(ARMS))
     parser.add_argument("--flags", default="", help="further flags of train_sigma.py, quoted")
     parser.add_argument("--rounds", type=int, default=20, help="updates timed per optimizer")
+    parser.add_argument("--updates-only", action="store_true", help="time single updates, no runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="JSON file, continued if it exists")
     return parser
@@ -314,6 +315,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--target {options.target} must be among --only")
     arms.sort(key=lambda arm: arm != "adamw")
     bench = Bench(options)
+    if options.updates_only:
+        bench.result["update_cpu_ms"] = time_updates(bench, arms, rounds=options.rounds)
+        bench.save()
+        print(json.dumps(bench.result["update_cpu_ms"], indent=1))
+        return
     for arm in arms:
         bench.best_rate(arm, seeds[0])
     for seed in seeds:  # seed by seed, so that a change of the machine's load meets all of them

@@ -32,6 +32,12 @@ ROLES = ("embed", "head", "engram", "matrix", "scalar")
 MUON_KINDS: dict[str, type[Muon]] = {"muon": Muon, "normuon": NorMuon, "adamuon": AdaMuon}
 # These leave what the `--muon-*` rules do not give them to a companion.
 SPLITTING = (*MUON_KINDS, "soap", "galore-lion")
+SPLIT_RULES = (
+    "muon_strict_split",
+    "muon_exclude_embeddings",
+    "muon_exclude_lm_head",
+    "muon_max_orthogonalized_dim",
+)
 
 
 def parameter_role(name: str, param: Tensor) -> str:
@@ -141,6 +147,7 @@ class OptimizerSet:
                 for name, param in zip(group["param_names"], group["params"]):
                     if name not in state:
                         raise ValueError(f"the optimizer state has no entry for {name}")
+                    part.state.pop(param, None)
                     if state[name]:
                         part.state[param] = {
                             key: _restored(value, param) for key, value in state[name].items()
@@ -152,6 +159,21 @@ def _restored(value: Any, param: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(param.device).clone() if value.dim() else value.clone()
+
+
+def state_settings(settings: OptimConfig) -> dict[str, object]:
+    """What decides the form of the optimizer's state, by flag: a resumed run must share it."""
+    found: dict[str, object] = {"optimizer": settings.optimizer}
+    if "lion" in settings.optimizer:
+        found["lion-state-dtype"] = settings.lion_state_dtype
+    if settings.optimizer == "galore-lion":
+        found["galore-rank"] = settings.galore_rank
+    if settings.optimizer in SPLITTING:  # named where changed, so that older runs go on
+        default = OptimConfig()
+        for rule in SPLIT_RULES:
+            if getattr(settings, rule) != getattr(default, rule):
+                found[rule.replace("_", "-")] = getattr(settings, rule)
+    return found
 
 
 def build_optimizer(model: nn.Module, settings: OptimConfig, *, seed: int = 0) -> OptimizerSet:

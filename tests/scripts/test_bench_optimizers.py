@@ -110,6 +110,15 @@ def test_the_table_names_target_steps_and_costs(finished):
     assert all(row["step_cpu_ms"] > row["clip_and_update_cpu_ms"] for row in rows.values())
 
 
+def test_updates_can_be_timed_alone(tmp_path):
+    out = tmp_path / "result.json"
+    arguments = ["--only", "adamw,soap", "--rounds", "1", "--flags", TINY, "--updates-only"]
+    main([*arguments, "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert set(result["update_cpu_ms"]) == {"torch fused adamw", "adamw", "soap"}
+    assert result["runs"] == {}
+
+
 def test_another_setting_needs_another_file(tmp_path):
     out = tmp_path / "result.json"
     out.write_text(json.dumps({"setting": "small", "runs": {}}))

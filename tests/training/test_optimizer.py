@@ -9,7 +9,7 @@ from model.config import SigmaModelConfig
 from model.sigma_llm import SigmaLLM
 from training.config.sections import OPTIMIZERS, OptimConfig
 from training.optim.muon import Muon
-from training.optimizer import SPLITTING, build_optimizer, parameter_role
+from training.optimizer import SPLITTING, build_optimizer, parameter_role, state_settings
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +212,28 @@ def test_galore_reports_its_columns(model):
     assert metrics["galore_state_bytes"] > 0
     assert build_optimizer(model, OptimConfig()).metrics() == {}
     model.load_state_dict(start, strict=False)
+
+
+def test_an_empty_entry_takes_state_away(model):
+    """Back to a checkpoint from before a parameter's first gradient."""
+    optimizer = build_optimizer(model, OptimConfig())
+    empty = optimizer.state_dict()
+    weights = dict(model.named_parameters())
+    start = {name: param.detach().clone() for name, param in weights.items()}
+    for param in weights.values():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert all(optimizer.state_dict().values())
+    optimizer.load_state_dict(empty)
+    assert not any(optimizer.state_dict().values())
+    model.load_state_dict(start, strict=False)
+
+
+def test_what_shapes_the_state_is_named():
+    assert state_settings(OptimConfig(galore_rank=7)) == {"optimizer": "muon"}
+    lion = OptimConfig(optimizer="lion", lion_state_dtype="bf16")
+    assert state_settings(lion) == {"optimizer": "lion", "lion-state-dtype": "bf16"}
+    galore = OptimConfig(optimizer="galore-lion", galore_rank=7)
+    assert state_settings(galore)["galore-rank"] == 7
+    split = state_settings(OptimConfig(muon_strict_split=False))
+    assert split == {"optimizer": "muon", "muon-strict-split": False}
