@@ -52,7 +52,7 @@ PROGRAM = (
             "linalg.vecdot",
             "nn.Module",
             "nn.functional.scaled_dot_product_attention",
-            "optim.adamw.adamw",
+            "optim.AdamW",
         ),
     ),
     NeededModule(module="torch.utils.checkpoint", distribution="torch", symbols=("checkpoint",)),
