@@ -49,19 +49,22 @@ def trajectory(make) -> dict[str, list[list[float]]]:
 
 def peers() -> dict:
     from lion_pytorch import Lion
-    from pytorch_optimizer import SOAP, AdaMuon, NorMuon
-    from pytorch_optimizer.optimizer.muon import adamuon, base, normuon
+    from pytorch_optimizer import SOAP, AdaMuon, Muon, NorMuon
+    from pytorch_optimizer.optimizer.muon import adamuon, base, muon, normuon
 
     def iterate(update, num_steps=5, **_):
         return orthogonalize(update[None], num_steps=num_steps)[0]
 
-    for module in (adamuon, base, normuon):
+    for module in (adamuon, base, muon, normuon):
         if hasattr(module, "zero_power_via_newton_schulz_5"):
             module.zero_power_via_newton_schulz_5 = iterate
     decay = {"weight_decay": 0.1}
     single = {"foreach": False}
     return {
         "lion": lambda p: Lion(p, lr=0.01, betas=(0.9, 0.99), **decay),
+        "muon": lambda p: Muon(
+            [{"params": p, "use_muon": True}], lr=0.02, momentum=0.9, **decay, **single
+        ),
         "normuon": lambda p: NorMuon(
             [{"params": p, "use_muon": True}], lr=0.02, momentum=0.9, **decay, **single
         ),

@@ -10,12 +10,14 @@ from tests.training.optim.record_peers import KEPT, trajectory
 from training.optim.adamuon import AdaMuon
 from training.optim.adamw import AdamW
 from training.optim.lion import Lion
+from training.optim.muon import Muon
 from training.optim.normuon import NorMuon
 from training.optim.soap import Soap
 
 PEERS = json.loads((Path(__file__).parent / "peers.json").read_text(encoding="utf-8"))
 OURS = {
     "lion": lambda p: Lion(p, lr=0.01, weight_decay=0.1),
+    "muon": lambda p: Muon(p, lr=0.02, momentum=0.9, weight_decay=0.1),
     "normuon": lambda p: NorMuon(p, lr=0.02, momentum=0.9, weight_decay=0.1),
     "adamuon": lambda p: AdaMuon(p, lr=0.02, momentum=0.0, weight_decay=0.1),
     "soap": lambda p: Soap(p, lr=0.01, refresh=3),
