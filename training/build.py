@@ -26,7 +26,7 @@ from training.hidden_eval import choose_questions, read_manifest
 from training.hidden_process import HiddenEvalProcess, program_command
 from training.integrity_guards import IntegrityGuards, SourceGuard, check_steps
 from training.micro_batch import MicroBatchPlan
-from training.optimizer import OptimizerSet
+from training.optimizer import OptimizerSet, state_settings
 from training.optimizer import build_optimizer as optimizer_for
 from training.run_services import RunServices
 from training.runtime.atomic_io import FileOps
@@ -100,7 +100,7 @@ def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device)
 
 
 def build_optimizer(config: SigmaConfig, model: nn.Module) -> OptimizerSet:
-    return optimizer_for(model, config.optim)
+    return optimizer_for(model, config.optim, seed=config.run.seed)
 
 
 def build_evaluator(
@@ -180,7 +180,7 @@ def resume_fingerprint(
         "seq-len": config.data.seq_len,
         "batch-size": config.data.batch_size,
         "grad-accum-steps": config.data.grad_accum_steps,
-        "optimizer": config.optim.optimizer,
+        **state_settings(config.optim),
         "tokenizer-name": tokenizer.sha256,
     }
     flags = {f"--{name.replace('_', '-')}": str(value) for name, value in (model | own).items()}

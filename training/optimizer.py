@@ -2,24 +2,42 @@
 
 Roles come from the parameter's name and shape, so the model needs no marks:
 `embed`, `head` (untied LM head), `engram` (n-gram tables), `matrix` (2-D and stacked weights) and
-`scalar` (norms, biases, gates). Matrices may go to Muon; everything else goes to AdamW.
+`scalar` (norms, biases, gates). Muon and its variants, SOAP and GaLore-Lion take the matrices that
+the split rules give them, and a companion takes the rest; the others take everything. Only matrices
+decay, whoever moves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from model.bitlinear import BitLinear
 from model.moe import Experts
-from training.config.sections import OptimConfig
+from training.config.sections import SOAP_MAX_SIDE, OptimConfig
+from training.optim.adamuon import AdaMuon
+from training.optim.adamw import AdamW
+from training.optim.base import Scale, ScaledOptimizer
+from training.optim.galore_lion import GaloreLion
+from training.optim.gnprox import Damping, GNProx
+from training.optim.lion import STATE_DTYPES, Lion
 from training.optim.muon import Muon
+from training.optim.normuon import NorMuon
+from training.optim.soap import Soap
 
 ADAM_BETAS = (0.9, 0.95)
 ROLES = ("embed", "head", "engram", "matrix", "scalar")
+MUON_KINDS: dict[str, type[Muon]] = {"muon": Muon, "normuon": NorMuon, "adamuon": AdaMuon}
+# These leave what the `--muon-*` rules do not give them to a companion.
+SPLITTING = (*MUON_KINDS, "soap", "galore-lion")
+SPLIT_RULES = (
+    "muon_strict_split",
+    "muon_exclude_embeddings",
+    "muon_exclude_lm_head",
+    "muon_max_orthogonalized_dim",
+)
 
 
 def parameter_role(name: str, param: Tensor) -> str:
@@ -44,6 +62,16 @@ def projection_names(model: nn.Module) -> set[str]:
     }
 
 
+def expert_parameters(model: nn.Module) -> list[Tensor]:
+    """Weights stacked by expert along their first dimension."""
+    return [
+        param
+        for module in model.modules()
+        if isinstance(module, Experts)
+        for param in module.parameters(recurse=False)
+    ]
+
+
 def takes_muon(name: str, param: Tensor, settings: OptimConfig, *, projections: set[str]) -> bool:
     """Whether the split rules of the `--muon-*` flags send this parameter to Muon.
 
@@ -65,9 +93,9 @@ def takes_muon(name: str, param: Tensor, settings: OptimConfig, *, projections: 
 
 
 class OptimizerSet:
-    """Several torch optimizers stepped as one, with a state that is keyed by parameter name."""
+    """Several optimizers stepped as one, with a state that is keyed by parameter name."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+    def __init__(self, parts: list[ScaledOptimizer]) -> None:
         self.parts = parts
 
     @property
@@ -83,6 +111,17 @@ class OptimizerSet:
         for group in self.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
             group["weight_decay"] = group["base_weight_decay"] * decay_factor
+
+    def set_scales(self, scales: Mapping[Tensor, Scale] | None) -> None:
+        """Give each part the scales of its own parameters; None ends all scaling."""
+        for part in self.parts:
+            own = {id(param) for group in part.param_groups for param in group["params"]}
+            mine = {param: scale for param, scale in (scales or {}).items() if id(param) in own}
+            part.set_scales(None if scales is None else mine)
+
+    def metrics(self) -> dict[str, float]:
+        """The parts' own columns."""
+        return {name: value for part in self.parts for name, value in part.metrics().items()}
 
     def step(self) -> None:
         for part in self.parts:
@@ -108,6 +147,7 @@ class OptimizerSet:
                 for name, param in zip(group["param_names"], group["params"]):
                     if name not in state:
                         raise ValueError(f"the optimizer state has no entry for {name}")
+                    part.state.pop(param, None)
                     if state[name]:
                         part.state[param] = {
                             key: _restored(value, param) for key, value in state[name].items()
@@ -121,35 +161,125 @@ def _restored(value: Any, param: Tensor) -> Any:
     return value.to(param.device).clone() if value.dim() else value.clone()
 
 
-def build_optimizer(model: nn.Module, settings: OptimConfig) -> OptimizerSet:
-    """Optimizer of `model` under the `--optimizer` family of flags."""
+def state_settings(settings: OptimConfig) -> dict[str, object]:
+    """What decides the form of the optimizer's state, by flag: a resumed run must share it."""
+    found: dict[str, object] = {"optimizer": settings.optimizer}
+    if "lion" in settings.optimizer:
+        found["lion-state-dtype"] = settings.lion_state_dtype
+    if settings.optimizer == "galore-lion":
+        found["galore-rank"] = settings.galore_rank
+    if settings.optimizer in SPLITTING:  # named where changed, so that older runs go on
+        default = OptimConfig()
+        for rule in SPLIT_RULES:
+            if getattr(settings, rule) != getattr(default, rule):
+                found[rule.replace("_", "-")] = getattr(settings, rule)
+    return found
+
+
+def build_optimizer(model: nn.Module, settings: OptimConfig, *, seed: int = 0) -> OptimizerSet:
+    """Optimizer of `model` under the `--optimizer` family of flags.
+
+    seed: of the stochastic rounding and the randomised projections. RuntimeError for gnprox where
+    a parameter is not on a CUDA device.
+    """
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    use_muon = settings.optimizer == "muon"
-    projections = projection_names(model)
-    muon = [
-        item for item in named if use_muon and takes_muon(*item, settings, projections=projections)
-    ]
-    muon_names = {name for name, _ in muon}
-    adam = [item for item in named if item[0] not in muon_names]
-    parts: list[torch.optim.Optimizer] = []
-    if muon:
-        parts.append(
-            Muon(
-                [_group(muon, lr=settings.lr, weight_decay=settings.weight_decay)],
-                lr=settings.lr,
-                num_steps=settings.gn_ns_steps,
-            )
-        )
-    adam_lr = settings.adam_lr if use_muon else settings.lr
-    groups = _adam_groups(adam, lr=adam_lr, weight_decay=settings.weight_decay)
-    if groups:
-        fused = all(param.is_cuda for _, param in adam)
-        parts.append(torch.optim.AdamW(groups, lr=adam_lr, betas=ADAM_BETAS, fused=fused))
+    own = named
+    if settings.optimizer in SPLITTING:
+        projections = projection_names(model)
+        own = [item for item in named if takes_muon(*item, settings, projections=projections)]
+    names = {name for name, _ in own}
+    rest = [item for item in named if item[0] not in names]
+    parts: list[ScaledOptimizer] = []
+    if own:
+        parts.append(_main_part(own, settings, seed=seed))
+    if rest:
+        parts.append(_companion(rest, settings, seed=seed))
+    experts = expert_parameters(model)
+    for part in parts:
+        ids = {id(param) for group in part.param_groups for param in group["params"]}
+        part.watch_stacks(param for param in experts if id(param) in ids)
     return OptimizerSet(parts)
 
 
-def _adam_groups(
-    named: list[tuple[str, Tensor]], *, lr: float, weight_decay: float
+def _main_part(
+    named: list[tuple[str, nn.Parameter]], settings: OptimConfig, *, seed: int
+) -> ScaledOptimizer:
+    kind, lr = settings.optimizer, settings.lr
+    groups = _groups(named, lr=lr, weight_decay=settings.weight_decay)
+    if kind in MUON_KINDS:
+        return MUON_KINDS[kind](
+            groups, lr=lr, num_steps=settings.gn_ns_steps, iteration=settings.muon_iteration
+        )
+    if kind == "soap":
+        return Soap(groups, lr=lr, refresh=settings.soap_refresh, max_side=SOAP_MAX_SIDE)
+    if kind == "galore-lion":
+        return GaloreLion(
+            groups,
+            lr=lr,
+            rank=settings.galore_rank,
+            refresh=settings.galore_refresh,
+            **_lion_options(settings, seed=2 * seed),
+        )
+    if kind == "lion":
+        return Lion(groups, lr=lr, **_lion_options(settings, seed=2 * seed))
+    if kind == "gnprox":
+        return _gnprox(named, groups, settings)
+    return _adamw(named, groups, lr=lr)
+
+
+def _companion(
+    named: list[tuple[str, nn.Parameter]], settings: OptimConfig, *, seed: int
+) -> ScaledOptimizer:
+    """What moves the parameters that the main part does not take."""
+    lion = settings.optimizer == "galore-lion"
+    lr = settings.lr if lion else settings.adam_lr
+    groups = _groups(named, lr=lr, weight_decay=settings.weight_decay)
+    if lion:
+        return Lion(groups, lr=lr, **_lion_options(settings, seed=2 * seed + 1))
+    return _adamw(named, groups, lr=lr)
+
+
+def _adamw(
+    named: list[tuple[str, nn.Parameter]], groups: list[dict[str, Any]], *, lr: float
+) -> AdamW:
+    fused = all(param.is_cuda for _, param in named)
+    return AdamW(groups, lr=lr, betas=ADAM_BETAS, fused=fused)
+
+
+def _lion_options(settings: OptimConfig, *, seed: int) -> dict[str, Any]:
+    return {
+        "betas": (settings.lion_beta1, settings.lion_beta2),
+        "state_dtype": STATE_DTYPES[settings.lion_state_dtype],
+        "seed": seed,
+    }
+
+
+def _gnprox(
+    named: list[tuple[str, nn.Parameter]], groups: list[dict[str, Any]], settings: OptimConfig
+) -> GNProx:
+    if not all(param.is_cuda for _, param in named):
+        raise RuntimeError(
+            "--optimizer gnprox needs CUDA: use --device cuda, or --optimizer muon or adamw here"
+        )
+    return GNProx(
+        groups,
+        lr=settings.lr,
+        betas=(settings.gn_beta1, settings.gn_beta2),
+        eps=settings.gn_eps,
+        clip_grad=settings.gn_clip_grad,
+        damping=Damping(
+            initial=settings.gn_damping,
+            minimum=settings.gn_damping_min,
+            maximum=settings.gn_damping_max,
+            up=settings.gn_damping_up,
+            down=settings.gn_damping_down,
+            gain=settings.gn_damping_gain,
+        ),
+    )
+
+
+def _groups(
+    named: list[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Only matrices decay: shrinking norms, biases and embeddings buys nothing."""
     decayed = [item for item in named if parameter_role(*item) == "matrix"]
@@ -163,7 +293,9 @@ def _adam_groups(
     return groups
 
 
-def _group(named: list[tuple[str, Tensor]], *, lr: float, weight_decay: float) -> dict[str, Any]:
+def _group(
+    named: list[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float
+) -> dict[str, Any]:
     return {
         "params": [param for _, param in named],
         "param_names": [name for name, _ in named],

@@ -278,6 +278,7 @@ class SigmaTrainer:
     def _gather_metrics(self) -> dict[str, Any]:
         return {
             **self.model.metrics(),
+            **self.optimizer.metrics(),
             **self.features.metrics(),
             **self.services.audit.metrics(),
             **self.stream.metrics(),

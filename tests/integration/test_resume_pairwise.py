@@ -17,7 +17,12 @@ from training.config.sigma_config import SigmaConfig
 STEPS = 12
 OPTIMIZERS = next(f for f in iter_flags(SigmaConfig) if f.name == "--optimizer").rule.choices
 CHOICES = {
-    "optimizer": [("--optimizer", name) for name in OPTIMIZERS],
+    "optimizer": [
+        ("--optimizer", "adamw"),
+        ("--optimizer", "muon"),
+        ("--optimizer", "soap", "--soap-refresh", "3"),
+        ("--optimizer", "galore-lion", "--lion-state-dtype", "bf16", "--galore-rank", "4"),
+    ],
     "average": [("--ema-enabled",), ("--no-ema-enabled",)],
     "curriculum": [("--curriculum-enabled",), ("--no-curriculum-enabled",)],
     "memory": [("--engram-enabled",), ("--no-engram-enabled",)],
@@ -99,6 +104,13 @@ def test_every_pair_of_choices_is_in_some_row():
 def test_resumed_once(ram_path, name):
     step = random.Random(name).randrange(1, STEPS)
     assert resume_differences(ram_path, CONFIGURATIONS[name], step) == []
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "gnprox"])
+def test_every_optimizer_resumes(ram_path, name):
+    """gnprox runs on CUDA only; tests/training/optim/test_family.py resumes it."""
+    assert resume_differences(ram_path, ("--optimizer", name), 7) == []
 
 
 @pytest.mark.soak

@@ -136,9 +136,19 @@ class ModelConfig:
     )
 
 
+SOAP_MAX_SIDE = 2048  # a longer side of a matrix gets no basis
+OPTIMIZERS = (
+    "adamw", "muon", "normuon", "adamuon", "soap", "lion", "galore-lion", "gnprox",
+)  # fmt: skip
+
+
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    optimizer: str = flag("muon", "Optimizer of the weight matrices.", choices=("adamw", "muon"))
+    optimizer: str = flag(
+        "muon",
+        "Optimizer; the muon family, soap and galore-lion take projections, a companion the rest.",
+        choices=OPTIMIZERS,
+    )
     lr: float = flag(3e-3, "Peak learning rate.", above=0.0)
     adam_lr: float = flag(
         1e-3, "Peak learning rate of what the Muon split leaves to Adam.", above=0.0
@@ -158,7 +168,36 @@ class OptimConfig:
     muon_exclude_embeddings: bool = flag(True, "Keep embeddings on Adam.")
     muon_exclude_lm_head: bool = flag(True, "Keep the LM head on Adam.")
     muon_max_orthogonalized_dim: int = flag(8192, "Larger dimensions go to Adam.", minimum=1)
-    gn_ns_steps: int = flag(5, "Newton-Schulz steps of Muon.", minimum=1, maximum=50)
+    muon_iteration: str = flag(
+        "quintic",
+        "Polynomials of muon, normuon and adamuon: one repeated, or the best one per step.",
+        choices=("quintic", "polar-express"),
+    )
+    gn_beta1: float = flag(0.9, "gnprox first-moment decay.", minimum=0.0, below=1.0)
+    gn_beta2: float = flag(0.90, "gnprox curvature decay.", minimum=0.0, below=1.0)
+    gn_eps: float = flag(1e-8, "gnprox epsilon.", above=0.0)
+    gn_damping: float = flag(1e-4, "Initial damping of gnprox.", above=0.0)
+    gn_damping_min: float = flag(1e-4, "Lower damping bound.", above=0.0)
+    gn_damping_max: float = flag(1.0, "Upper damping bound.", above=0.0)
+    gn_damping_up: float = flag(1.08, "Factor on a poor actual/predicted ratio.", minimum=1.0)
+    gn_damping_down: float = flag(0.97, "Factor on a good ratio.", above=0.0, maximum=1.0)
+    gn_damping_gain: float = flag(
+        0.02, "EMA rate of the actual/predicted ratio.", above=0.0, maximum=1.0
+    )
+    gn_clip_grad: float = flag(0.0, "Element-wise gradient clamp of gnprox; 0 = off.", minimum=0.0)
+    gn_ns_steps: int = flag(
+        5, "Newton-Schulz steps of muon, normuon and adamuon.", minimum=1, maximum=50
+    )
+    soap_refresh: int = flag(10, "Steps between turns of soap's eigenbasis.", minimum=1)
+    lion_beta1: float = flag(0.9, "Share of the momentum in lion's update.", minimum=0.0, below=1.0)
+    lion_beta2: float = flag(0.99, "Decay of lion's momentum.", minimum=0.0, below=1.0)
+    lion_state_dtype: str = flag(
+        "fp32", "Storage of lion's momentum; bf16 rounds stochastically.", choices=("fp32", "bf16")
+    )
+    galore_rank: int = flag(
+        128, "Dimensions of galore-lion's projected momentum per matrix.", minimum=1
+    )
+    galore_refresh: int = flag(200, "Steps between projections of galore-lion.", minimum=1)
 
 
 @dataclass(slots=True, kw_only=True)

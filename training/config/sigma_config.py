@@ -65,6 +65,7 @@ class SigmaConfig:
             part = getattr(self, flag.section)
             setattr(part, flag.field, flag.check(getattr(part, flag.field)))
         self._validate_run()
+        self._validate_optim()
         self._validate_curriculum()
         self._validate_adaptive()
         self._validate_perf()
@@ -85,6 +86,14 @@ class SigmaConfig:
             raise ConfigError("--tokenizer-name must not be empty; the shipped one is assets")
         if self.generate.hidden and self.generate.eval_file:
             raise ConfigError("--hidden and --eval-file exclude each other: give one of them")
+
+    def _validate_optim(self) -> None:
+        optim = self.optim
+        if not optim.gn_damping_min <= optim.gn_damping <= optim.gn_damping_max:
+            raise ConfigError(
+                f"--gn-damping {optim.gn_damping:g} must lie between --gn-damping-min "
+                f"{optim.gn_damping_min:g} and --gn-damping-max {optim.gn_damping_max:g}"
+            )
 
     def _validate_curriculum(self) -> None:
         if not self.curriculum.enabled:

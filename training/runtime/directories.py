@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from model.config import SigmaModelConfig
+from training.config.sections import SOAP_MAX_SIDE, OptimConfig
 from training.config.sigma_config import SigmaConfig
 from training.runtime.environment import CACHE_DIRECTORY, EnvironmentProblem
 from training.runtime.frozen import bundle_directory
@@ -97,14 +98,34 @@ def free_bytes(directory: Path) -> int:
 def checkpoint_bytes(config: SigmaConfig) -> int:
     """About how large one checkpoint is: fp32 weights, optimizer moments, the average if kept.
 
-    A close estimate from the shape alone (`--mode plan` has the exact figure of the built model);
-    AdamW's two moments are assumed for every parameter that Muon does not take.
+    A close estimate from the shape alone (`--mode plan` has the exact figure of the built model).
     """
     model = config.model_config(_vocab_size(config))
-    matrices, tables = matrix_parameters(model), table_parameters(model)
-    moments = 1 if config.optim.optimizer == "muon" else 2
+    shapes, tables = matrix_shapes(model), table_parameters(model)
     copies = 2 if config.ema.enabled else 1
-    return 4 * ((copies + moments) * matrices + (copies + 2) * tables)
+    moments = sum(count * _state_bytes(config.optim, *sides) for count, *sides in shapes)
+    beside = _moment_bytes(config.optim) if "lion" in config.optim.optimizer else 8  # AdamW's two
+    weights = matrix_parameters(model) + tables
+    return 4 * copies * weights + moments + beside * tables
+
+
+def _moment_bytes(optim: OptimConfig) -> int:
+    return 2 if optim.lion_state_dtype == "bf16" else 4
+
+
+def _state_bytes(optim: OptimConfig, rows: int, cols: int) -> int:
+    """What `--optimizer` keeps for one matrix of a block."""
+    size, short, long = rows * cols, min(rows, cols), max(rows, cols)
+    match optim.optimizer:
+        case "muon" | "normuon":
+            return 4 * size
+        case "soap":  # two moments; a factor and its basis for each side
+            return 8 * size + 8 * sum(n * n for n in (rows, cols) if n <= SOAP_MAX_SIDE)
+        case "galore-lion" if optim.galore_rank < short:
+            return optim.galore_rank * (_moment_bytes(optim) * long + 4 * short)
+        case "lion" | "galore-lion":
+            return _moment_bytes(optim) * size
+    return 8 * size
 
 
 def training_bytes(config: SigmaConfig) -> int:
@@ -115,20 +136,27 @@ def training_bytes(config: SigmaConfig) -> int:
 
 def matrix_parameters(model: SigmaModelConfig) -> int:
     """About how many parameters the blocks have: their projections, not norms and gates."""
+    return sum(count * rows * cols for count, rows, cols in matrix_shapes(model))
+
+
+def matrix_shapes(model: SigmaModelConfig) -> list[tuple[int, int, int]]:
+    """Projections of all blocks: how many there are of which number of rows and columns."""
     d = model.d_model
-    kinds = model.layer_kinds()
+    ffn = [(1, 2 * model.d_ff, d), (1, d, model.d_ff)]
     if model.n_routed_experts:
-        num_experts = model.n_shared_experts + model.n_routed_experts
-        ffn = 3 * d * model.d_expert * num_experts
-    else:
-        ffn = 3 * d * model.d_ff
-    heads = model.mamba_heads
+        width, shared = model.d_expert, model.n_shared_experts * model.d_expert
+        ffn = [(model.n_routed_experts, 2 * width, d), (model.n_routed_experts, d, width)]
+        ffn += [(1, 2 * shared, d), (1, d, shared)] if shared else []
     state = 2 * model.mamba_d_state * model.mimo_rank
-    mamba = d * (2 * model.d_inner + state + 2 * heads) + model.d_inner * d
-    queries = d * model.n_heads * (model.d_head + model.rope_dim)
-    latent = d * (model.kv_latent_dim + model.rope_dim)
-    attention = queries + latent + 2 * model.kv_latent_dim * d + d * d
-    return sum(ffn + (mamba if kind == "mamba" else attention) for kind in kinds)
+    mamba = [(1, 2 * model.d_inner + state + 2 * model.mamba_heads, d), (1, d, model.d_inner)]
+    latent = model.kv_latent_dim
+    queries = model.n_heads * (model.d_head + model.rope_dim)
+    attention = [(1, queries, d), (1, latent + model.rope_dim, d), (2, d, latent), (1, d, d)]
+    return [
+        shape
+        for kind in model.layer_kinds()
+        for shape in (*ffn, *(mamba if kind == "mamba" else attention))
+    ]
 
 
 def table_parameters(model: SigmaModelConfig) -> int:

@@ -22,7 +22,10 @@ with (Path(__file__).parent / "flags_table.tsv").open(encoding="utf-8") as table
 
 # (flag, column) -> (value here, why it is not FLAGS.md's)
 DEVIATIONS = {
-    ("--optimizer", "type"): ("{adamw,muon}", "c3o, normuon, adamuon, gnprox do not exist yet"),
+    ("--optimizer", "type"): (
+        "{adamw,muon,normuon,adamuon,soap,lion,galore-lion,gnprox}",
+        "c3o does not exist yet; adamw, lion, galore-lion and soap are compared with it",
+    ),
     ("--optimizer", "default"): ("muon", "until c3o exists"),
     ("--optimizer", "exe"): ("muon", "until c3o exists"),
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
@@ -51,6 +54,8 @@ ADDED = {
     "--max-new-tokens", "--mix-strategy", "--near-dedup-window", "--pdf-path", "--preview-batches",
     "--prompt", "--quality-filter", "--self-check", "--source-list", "--source-max-epochs",
     "--spool-max-mb", "--temperature", "--top-k", "--weights",
+    "--muon-iteration", "--soap-refresh", "--lion-beta1", "--lion-beta2", "--lion-state-dtype",
+    "--galore-rank", "--galore-refresh",
 }  # fmt: skip
 
 
@@ -152,6 +157,8 @@ def test_model_config_carries_every_model_flag():
         (["--engram-enabled", "--engram-layers", "99"], "--engram-layers must name blocks"),
         (["--curriculum-enabled", "--curriculum-phases", "0.4,0.1"], "--curriculum-phases takes"),
         (["--curriculum-enabled", "--curriculum-phases", "a"], "--curriculum-phases takes"),
+        (["--gn-damping", "1e-5"], "--gn-damping 1e-05 must lie between --gn-damping-min"),
+        (["--gn-damping-min", "0.1", "--gn-damping-max", "0.01"], "--gn-damping 0.0001 must lie"),
         (["--curriculum-enabled", "--seq-len", "510"], "--seq-len must be a multiple of 4"),
     ],
 )

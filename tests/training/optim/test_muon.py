@@ -1,9 +1,11 @@
 """Muon: orthogonalisation is judged by singular values, the update by torch's own Muon."""
 
+import math
+
 import pytest
 import torch
 
-from training.optim.muon import Muon, orthogonalize
+from training.optim.muon import ITERATIONS, Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64), (3, 48, 96), (2, 96, 48)])
@@ -15,6 +17,48 @@ def test_singular_values_come_close_to_one(shape):
     updates = u @ torch.diag_embed(spectrum) @ vh
     values = torch.linalg.svdvals(orthogonalize(updates, num_steps=5))
     assert values.min() > 0.6 and values.max() < 1.25
+
+
+def with_spectrum(shape, spectrum, seed=0):
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    u, values, vh = torch.linalg.svd(noise, full_matrices=False)
+    return (u @ torch.diag_embed(spectrum.expand_as(values)) @ vh).float()
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 48, 96), (2, 96, 48), (1, 200, 7)])
+@pytest.mark.parametrize(("num_steps", "smallest"), [(3, 0.1), (4, 0.05), (5, 0.005), (12, 3e-5)])
+def test_polar_express_keeps_singular_values_within_its_bounds(shape, num_steps, smallest):
+    """`smallest`: smallest over largest singular value, down to a condition number of 33,000."""
+    short = min(shape[-2:])
+    spectrum = torch.logspace(0, math.log10(smallest), short, dtype=torch.float64)
+    updates = with_spectrum(shape, 1e-3 * spectrum)
+    found = orthogonalize(updates, num_steps=num_steps, iteration="polar-express")
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.7 and values.max() < 1.2
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 128), (4, 128, 64), (2, 33, 100)])
+@pytest.mark.parametrize("iteration", ITERATIONS)
+def test_random_matrices_become_nearly_orthogonal(shape, iteration):
+    updates = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    values = torch.linalg.svdvals(orthogonalize(updates, num_steps=5, iteration=iteration))
+    lowest = 0.7 if iteration == "polar-express" else 0.67  # the quintic's own lower bound
+    assert values.min() > lowest and values.max() < 1.2
+
+
+def test_a_matrix_of_one_rank_keeps_its_rank():
+    generator = torch.Generator().manual_seed(8)
+    updates = torch.randn(1, 40, 1, generator=generator) @ torch.randn(
+        1, 1, 30, generator=generator
+    )
+    for iteration in ITERATIONS:
+        values = torch.linalg.svdvals(orthogonalize(updates, num_steps=5, iteration=iteration))[0]
+        assert values[0] > 0.65 and values[1] < 1e-3
+
+
+def test_an_unknown_iteration_is_refused():
+    with pytest.raises(ValueError, match="quintic, polar-express"):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, iteration="cubic")
 
 
 def test_directions_are_kept():

@@ -57,7 +57,11 @@ def test_lack_of_space_names_flag_and_sizes(tmp_path, monkeypatch):
     "flags",
     [
         [],
-        ["--optimizer", "adamw"],
+        *(
+            ["--optimizer", name]
+            for name in ("adamw", "normuon", "adamuon", "soap", "lion", "galore-lion")
+        ),
+        ["--optimizer", "galore-lion", "--galore-rank", "16", "--lion-state-dtype", "bf16"],
         ["--mamba-ratio", "0"],
         ["--attention-ratio", "0"],
         ["--n-routed-experts", "0"],
@@ -75,7 +79,7 @@ def test_the_estimate_is_close_to_the_built_model(flags):
     optimizer.step()
     weights = sum(p.numel() * 4 for p in model.parameters())
     moments = sum(
-        value.numel() * 4
+        value.numel() * value.element_size()
         for state in optimizer.state_dict().values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
