@@ -1,0 +1,262 @@
+"""C3O: a base update under a trust region per tensor, its blocks scaled by counterfactual credit.
+
+The base (training/optim/c3o_bases.py) proposes directions u. Before they are applied,
+
+    step_p = lr * min(1, radius * max(||p||, 0.01 sqrt(n)) / ||lr u_p||) * u_p
+    p     <- (1 - lr * weight_decay) * p - s_b * step_p        block by block
+
+The limit is on what is subtracted, learning rate included, so that it means the same for every base
+(a Muon direction is as long as its matrix). On a probe step the steps are compared with the
+gradient of a probe batch (training/credit.py); the factors s_b that follow hold from the next
+update to the next probe. Without credit no factor is applied at all.
+
+Sources: LARS and LAMB for the norm ratio (arXiv 1904.00962); difference rewards (COMA, arXiv
+1705.08926) for the credit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.credit import (
+    BlockLayout,
+    CreditSettings,
+    UpdateTrial,
+    block_scales,
+    inner_products,
+    leave_one_block_out,
+    masked_credit,
+    observe_credit,
+    scale_free,
+)
+from training.optim.base import Update
+from training.optim.c3o_bases import C3OPart
+from training.optim.trust import TrustRegion
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class C3OSettings:
+    """Trust region and blocks; `credit` None: no factors. Fields are the `--c3o-*` flags."""
+
+    block_size: int = 4096
+    trust_radius: float = 0.15
+    trust_norm_refresh_steps: int = 16
+    trust_norm_refresh_drift: float = 0.0
+    credit: CreditSettings | None = None
+    estimator: str = "first_order"
+    draws: int = 8
+    is_shuffled: bool = False
+    seed: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Probe:
+    """A probe batch's gradients, what measures its loss, and the steps made meanwhile."""
+
+    gradients: Mapping[Tensor, Tensor]
+    evaluate: Callable[[], Tensor]
+    predicted: dict[Tensor, Tensor] = field(default_factory=dict)
+    step_norms: dict[Tensor, Tensor] = field(default_factory=dict)
+    steps: dict[Tensor, Tensor] = field(default_factory=dict)
+
+
+class C3O:
+    """Trust region and credit over several base optimizers; sees the updates of each."""
+
+    def __init__(
+        self, parts: Iterable[C3OPart], *, settings: C3OSettings, names: Mapping[Tensor, str]
+    ) -> None:
+        self.settings = settings
+        self.parts = list(parts)
+        self.trust = TrustRegion(
+            radius=settings.trust_radius,
+            refresh_steps=settings.trust_norm_refresh_steps,
+            drift=settings.trust_norm_refresh_drift,
+        )
+        self.num_probes = 0
+        self._names = dict(names)
+        self._layouts = {
+            param: BlockLayout([param], block_size=settings.block_size) for param in self._names
+        }
+        self._counts = [len(layout) for layout in self._layouts.values()]
+        self._sizes = torch.cat([layout.sizes for layout in self._layouts.values()])
+        self._mean = torch.zeros_like(self._sizes)
+        self._seen = torch.zeros_like(self._sizes)
+        self._factors: dict[Tensor, Tensor] | None = None
+        self._probe: _Probe | None = None
+        self.scales = torch.ones_like(self._sizes)  # (N,) of every block
+        self.active = torch.zeros((), dtype=torch.bool, device=self._sizes.device)
+        for part in self.parts:
+            part.set_adjustment(self._adjust)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._sizes)
+
+    def scales_of(self, param: Tensor) -> Tensor:
+        """The factors of one parameter's blocks."""
+        pieces = dict(zip(self._layouts, self.scales.split(self._counts)))
+        return pieces[param]
+
+    def begin_probe(
+        self, gradients: Mapping[Tensor, Tensor], *, evaluate: Callable[[], Tensor]
+    ) -> None:
+        """Compare the coming update with these gradients of a probe batch; `evaluate` measures its
+        loss. An earlier probe whose update never came is forgotten."""
+        self._probe = _Probe(gradients=gradients, evaluate=evaluate)
+
+    @torch.no_grad()
+    def finish_probe(self, *, generator: torch.Generator) -> Tensor:
+        """Credit of every block (N,) in nats for the update just made; new factors hold from now.
+
+        `generator` draws the masks of the estimator `mask`. RuntimeError without `begin_probe`.
+        """
+        probe, self._probe = self._probe, None
+        if probe is None:
+            raise RuntimeError("finish_probe without begin_probe")
+        self.num_probes += 1
+        credit = self._estimate(probe, generator)
+        bound = {
+            param: self._layouts[param].norms([probe.gradients[param]]) for param in probe.predicted
+        }
+        free = scale_free(credit, self._over_blocks(bound), self._over_blocks(probe.step_norms))
+        if self.settings.credit is not None:
+            ones = {param: torch.ones_like(value) for param, value in probe.predicted.items()}
+            self._mean, self._seen = observe_credit(
+                self._mean,
+                self._seen,
+                free,
+                self._over_blocks(ones) > 0,
+                beta=self.settings.credit.ema,
+            )
+            self._rescale()
+        return credit
+
+    def metrics(self) -> dict[str, float]:
+        """The `c3o_*` figures of the last step and the counts so far; reads the device."""
+        lengths = list(self.trust.step_lengths.values())
+        length = torch.stack(lengths).square().sum().sqrt() if lengths else torch.zeros(())
+        share = self._sizes / self._sizes.sum()
+        mean = (self.scales * share).sum()
+        return {
+            "c3o_block_scale_mean": float(mean),
+            "c3o_block_scale_std": float(((self.scales - mean).square() * share).sum().sqrt()),
+            "c3o_step_elements": sum(part.num_elements for part in self.parts),
+            "c3o_update_norm": float(length),
+            "c3o_trust_exact_recompute": self.trust.num_norms_taken,
+            "c3o_trust_norm_skipped": self.trust.num_steps_unmeasured,
+            "c3o_foreach_groups": sum(part.num_groups for part in self.parts),
+            "c3o_grad_clip_foreach_groups": sum(part.num_clipped_groups for part in self.parts),
+            "c3o_probe_steps": self.num_probes,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trust norms and credit by parameter name, and the counts."""
+        credit = {
+            self._names[param]: {"mean": mean.clone(), "seen": seen.clone()}
+            for param, mean, seen in zip(
+                self._layouts, self._mean.split(self._counts), self._seen.split(self._counts)
+            )
+        }
+        return {
+            "trust": self.trust.state_dict(self._names),
+            "credit": credit,
+            "num_probes": self.num_probes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; ValueError when its blocks are others."""
+        own = {self._names[param]: len(layout) for param, layout in self._layouts.items()}
+        if own != {name: len(entry["mean"]) for name, entry in state["credit"].items()}:
+            raise ValueError("the saved credit has other blocks; keep --c3o-block-size as it was")
+        self.trust.load_state_dict(state["trust"], self._names)
+        entries = [state["credit"][name] for name in own]
+        device = self._sizes.device
+        self._mean = torch.cat([entry["mean"] for entry in entries]).to(device)
+        self._seen = torch.cat([entry["seen"] for entry in entries]).to(device)
+        self.num_probes = state["num_probes"]
+        self._probe = None
+        self._rescale()
+
+    def _rescale(self) -> None:
+        """Factors from the averages; none while no block has been observed."""
+        self._factors = None
+        if self.settings.credit is None or self.num_probes == 0:
+            return
+        permutation = None
+        if self.settings.is_shuffled:
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            permutation = torch.randperm(self.num_blocks, generator=generator)
+            permutation = permutation.to(self._sizes.device)
+        self.scales, self.active = block_scales(
+            self._mean,
+            self._seen,
+            self._sizes,
+            settings=self.settings.credit,
+            permutation=permutation,
+        )
+        self._factors = dict(zip(self._layouts, self.scales.split(self._counts)))
+
+    def _estimate(self, probe: _Probe, generator: torch.Generator) -> Tensor:
+        if self.settings.estimator == "first_order":
+            return self._over_blocks(probe.predicted)
+        params = list(probe.steps)
+        layout = BlockLayout(params, block_size=self.settings.block_size)
+        steps = [probe.steps[param] for param in params]
+        trial = UpdateTrial(params, steps, layout=layout, evaluate=probe.evaluate)
+        device = self._sizes.device
+        if self.settings.estimator == "exact":
+            credit = leave_one_block_out(trial, num_blocks=len(layout), device=device)
+        else:
+            credit, _ = masked_credit(
+                trial.loss,
+                num_blocks=len(layout),
+                draws=self.settings.draws,
+                generator=generator,
+                device=device,
+            )
+        return self._over_blocks(dict(zip(params, credit.split(layout.counts))))
+
+    def _over_blocks(self, values: Mapping[Tensor, Tensor]) -> Tensor:
+        """One vector (N,) of vectors by parameter; 0 for the blocks of those without one."""
+        return torch.cat(
+            [
+                values[param] if param in values else torch.zeros_like(layout.sizes)
+                for param, layout in self._layouts.items()
+            ]
+        )
+
+    def _adjust(self, update: Update) -> None:
+        update.directions = [direction.contiguous() for direction in update.directions]
+        self.trust.confine(update)
+        if self._factors is not None:
+            for param, direction in zip(update.params, update.directions):
+                self._layouts[param].scale_([direction], self._factors[param])
+        if self._probe is not None:
+            self._record(self._probe, update)
+
+    def _record(self, probe: _Probe, update: Update) -> None:
+        lr = update.group["lr"] * update.gain
+        for param, direction in zip(update.params, update.directions):
+            gradient = probe.gradients.get(param)
+            if gradient is None:
+                continue
+            layout = self._layouts[param]
+            step = _without_dormant(param, direction) * lr
+            probe.predicted[param] = inner_products(layout, [gradient], [step])
+            probe.step_norms[param] = layout.norms([step])
+            if self.settings.estimator != "first_order":
+                probe.steps[param] = step
+
+
+def _without_dormant(param: Tensor, direction: Tensor) -> Tensor:
+    """The direction of a stack without the slices that have no gradient: they are not applied."""
+    if param.dim() < 3 or param.grad is None:
+        return direction
+    alive = param.grad.flatten(1).any(1).view(-1, *(1,) * (param.dim() - 1))
+    return direction * alive
