@@ -107,7 +107,9 @@ class UpdateTrial:
     @torch.no_grad()
     def loss(self, factors: Tensor) -> Tensor:
         """0-d loss with every block's step multiplied by its factor (N,); ones: as it was."""
-        undone = [step.detach().clone(memory_format=torch.contiguous_format) for step in self._steps]
+        undone = [
+            step.detach().clone(memory_format=torch.contiguous_format) for step in self._steps
+        ]
         self._layout.scale_(undone, 1.0 - factors)
         try:
             torch._foreach_add_(self._params, undone)

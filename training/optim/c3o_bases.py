@@ -1,4 +1,4 @@
-"""What C3O can be built on: Muon, AdamW, a damped Adam, with clamped gradients and 16-bit moments."""
+"""Bases of C3O: Muon, AdamW, a damped Adam, with clamped gradients and 16-bit moments."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ class C3OPart(ScaledOptimizer):
         generator.manual_seed(noise_seed(self.seed, self._places[param], count))
         for key in MOMENTS:
             if key in state:
-                state[key] = round_stochastically(
-                    state[key], self.state_dtype, generator=generator
-                )
+                state[key] = round_stochastically(state[key], self.state_dtype, generator=generator)
 
 
 class DampedAdam(ScaledOptimizer):
