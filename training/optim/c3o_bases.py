@@ -1,5 +1,6 @@
-"""Bases of C3O: Muon, AdamW, a damped Adam, with clamped gradients and 16-bit moments."""
+"""Bases of C3O: Muon, SOAP, AdamW, a damped Adam; with clamped gradients and bf16 moments."""
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
@@ -9,21 +10,22 @@ import torch
 from torch import Tensor
 
 from training.optim.adamw import AdamW
-from training.optim.base import ScaledOptimizer, Update
+from training.optim.base import ScaledOptimizer, Update, gradients
 from training.optim.muon import Muon
-from training.optim.rounding import round_stochastically
+from training.optim.rounding import keyed_generator, round_stochastically
+from training.optim.soap import Soap
 
 MOMENTS = ("momentum", "exp_avg", "exp_avg_sq")
 
 
 class C3OPart(ScaledOptimizer):
-    """Mixin before a base optimizer: clamps gradients, keeps moments in `state_dtype`, counts.
+    """Mixin before a base optimizer: clamps gradients, keeps moments in bf16 if asked to, counts.
 
     Moments are fp32 while the base works on them. Their rounding noise is a function of the seed,
     the parameter's place and the number of its updates, so it needs no state of its own.
     """
 
-    state_dtype = torch.float32
+    state_dtype = torch.float32  # or bfloat16
     grad_clip = 0.0
     seed = 0
     num_elements = num_groups = num_clipped_groups = 0  # of the last step
@@ -38,7 +40,7 @@ class C3OPart(ScaledOptimizer):
         self.num_groups += 1
         self.num_elements += sum(param.numel() for param in params)
         if self.grad_clip:
-            grads = [param.grad for param in params]
+            grads = gradients(params)
             torch._foreach_clamp_min_(grads, -self.grad_clip)
             torch._foreach_clamp_max_(grads, self.grad_clip)
             self.num_clipped_groups += 1
@@ -58,11 +60,10 @@ class C3OPart(ScaledOptimizer):
         state = self.state[param]
         count = int(state.get("updates", 0)) + 1
         state["updates"] = torch.tensor(count)
-        generator = torch.Generator(device=param.device)
-        generator.manual_seed(noise_seed(self.seed, self._places[param], count))
+        noise = keyed_generator(param.device, self.seed, self._places[param], count)
         for key in MOMENTS:
             if key in state:
-                state[key] = round_stochastically(state[key], self.state_dtype, generator=generator)
+                state[key] = round_stochastically(state[key], generator=noise)
 
 
 class DampedAdam(ScaledOptimizer):
@@ -96,7 +97,7 @@ class DampedAdam(ScaledOptimizer):
         states = [self._state_of(param) for param in params]
         means = [state["exp_avg"] for state in states]
         squares = [state["exp_avg_sq"] for state in states]
-        grads = [param.grad for param in params]
+        grads = gradients(params)
         count = max(int(state["step"].add_(1)) for state in states)  # one and the same in a bucket
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
@@ -125,14 +126,9 @@ class C3OAdamW(C3OPart, AdamW):
     """AdamW as a base: what the Muon split leaves."""
 
 
+class C3OSoap(C3OPart, Soap):
+    """SOAP as a base; its factors and bases stay in fp32."""
+
+
 class C3OAdam(C3OPart, DampedAdam):
     """The damped Adam as a base."""
-
-
-def noise_seed(*values: int) -> int:
-    """One seed of several numbers, the same on every machine (a multiply-xor hash, as in FNV)."""
-    mixed = 0xCBF29CE484222325
-    for value in values:
-        mixed = (mixed ^ (value & (2**64 - 1))) * 0x9E3779B97F4A7C15 & (2**64 - 1)
-        mixed ^= mixed >> 29
-    return mixed >> 1

@@ -6,6 +6,7 @@ margin above that; 0 measures every step.
 Source: the norm ratio of LARS and LAMB (You et al., arXiv 1904.00962), as a limit.
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ class TrustRegion:
             return
         params = [update.params[index] for index in chosen]
         directions = [update.directions[index] for index in chosen]
-        norms = torch._foreach_norm(directions)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(directions)
         lengths = torch.stack(list(norms)).float() * abs(update.gain * update.group["lr"])
         limits = self._limits(params)
         factors = (limits / lengths.clamp_min(1e-30)).clamp_max(1.0)
@@ -95,6 +96,6 @@ class TrustRegion:
         ]
         if not due:
             return
-        norms = torch._foreach_norm(due)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(due)
         self._cached.update({param: _Cached(norm.float()) for param, norm in zip(due, norms)})
         self.num_norms_taken += len(due)
