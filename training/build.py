@@ -77,7 +77,7 @@ def build_probe(
     config: SigmaConfig, corpus: TokenCorpus, device: torch.device
 ) -> tuple[TokenCorpus, Probe | None]:
     """What is left of the corpus to train on, and the probe, where something decides by one."""
-    if not config.c3o.credit_enabled:
+    if not config.c3o.credit_enabled and not config.probe.held_out:
         return corpus, None
     own, seq_len = config.probe, config.data.seq_len
     rest, held_out = hold_out(corpus, num_tokens=own.batch_size * own.batches * seq_len)

@@ -27,7 +27,7 @@ class CreditSignal:
     speed_gain: float = 0.0
     value: float = 0.0
     centred: float = 0.0
-    _centre: float | None = None
+    _centre: float = 0.0
     _last: float | None = None
     _mean_seconds: float | None = None
 
@@ -45,6 +45,14 @@ class CreditSignal:
         """A probe is over."""
         signal = self.loss_weight * loss_gain + self.speed_weight * self.speed_gain
         self.value = min(self.clip, max(-self.clip, signal))
-        centre = self.value if self._centre is None else self._centre
-        self.centred = self.value - centre
-        self._centre = self.beta * centre + (1.0 - self.beta) * self.value
+        self.centred = self.value - self._centre
+        self._centre += (1.0 - self.beta) * self.centred
+
+    def state_dict(self) -> dict[str, float]:
+        """What the next signals are compared with; the speed is measured anew."""
+        return {"value": self.value, "centred": self.centred, "centre": self._centre}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value, self.centred, self._centre = (
+            state["value"], state["centred"], state["centre"]
+        )  # fmt: skip

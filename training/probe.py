@@ -128,7 +128,9 @@ class Probe:
             with evaluating(model):
                 loss = self._forward(model, batch)
                 loss.backward()
-            found = {param: param.grad for param in params if param.grad is not None}
+            found: dict[Tensor, Tensor] = {
+                param: param.grad for param in params if param.grad is not None
+            }
         finally:
             for param, grad in zip(params, kept):
                 param.grad = grad

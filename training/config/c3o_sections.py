@@ -71,3 +71,6 @@ class C3OConfig:
 class ProbeConfig:
     batch_size: int = flag(2, "Sequences per probe batch.", minimum=1, maximum=2**16)
     batches: int = flag(64, "Probe batches, held out of the training text.", minimum=1)
+    held_out: bool = flag(
+        False, "Hold the probe text out even if nothing uses it, so that two runs share their data."
+    )

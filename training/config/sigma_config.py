@@ -101,6 +101,8 @@ class SigmaConfig:
             )
 
     def _validate_credit(self) -> None:
+        if self.probe.held_out:
+            self._validate_probe("--probe-held-out")
         if not self.c3o.credit_enabled:
             return
         if self.optim.optimizer != "c3o":
@@ -108,10 +110,13 @@ class SigmaConfig:
                 "c3o credit is enabled but optimizer is not 'c3o'. Use --optimizer c3o or disable "
                 "--c3o-credit-enabled."
             )
+        self._validate_probe("--c3o-credit-enabled")
+
+    def _validate_probe(self, flag: str) -> None:
         if self.stream.data_backend != "embedded":
             raise ConfigError(
-                "--c3o-credit-enabled needs probe text held out of the training text, which "
-                "--data-backend embedded has; use that, or --no-c3o-credit-enabled"
+                f"{flag} needs probe text held out of the training text, which "
+                f"--data-backend embedded has; use that, or --no-{flag[2:]}"
             )
 
     def _validate_curriculum(self) -> None:

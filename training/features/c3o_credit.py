@@ -84,12 +84,14 @@ class C3oCreditFeature(Feature):
         self.signal.observe(self.loss_gain)
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock of the probes and the figures of the last one; the speed is not carried on."""
+        """The clock of the probes and the figures of the last one."""
         return {
             "clock": [self.num_probes, self.steps_to_probe, self.num_scaled],
             "figures": [self.probe_loss, self.loss_gain],
+            "signal": self.signal.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_probes, self.steps_to_probe, self.num_scaled = state["clock"]
         self.probe_loss, self.loss_gain = state["figures"]
+        self.signal.load_state_dict(state["signal"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.bitlinear import ternary_weight
+from model.sigma_llm import SigmaLLM
 from training.config.c3o_sections import C3OConfig
 from training.config.sections import SOAP_MAX_SIDE, OptimConfig
 from training.credit import CreditSettings
@@ -69,11 +70,11 @@ def build_control(
 
 def roundings_of(model: nn.Module) -> dict[Tensor, Callable[[Tensor], Tensor]]:
     """Of every ternary weight, the function from the latent to the rounded weight."""
-    ternary = getattr(model, "ternary_weights", None)
-    if not callable(ternary):
+    if not isinstance(model, SigmaLLM):
         return {}
     return {
-        weight: partial(ternary_weight, group_size=group) for weight, group in ternary().values()
+        weight: partial(ternary_weight, group_size=group)
+        for weight, group in model.ternary_weights().values()
     }
 
 
