@@ -11,6 +11,7 @@ Only gradients, updates and probe losses enter: no speed, no reported or hidden 
 Sources: difference rewards, and COMA (Foerster et al., arXiv 1705.08926).
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -165,15 +165,13 @@ class C3O:
 
     def metrics(self) -> dict[str, float]:
         """The `c3o_*` figures of the last step and the counts so far; reads the device."""
-        lengths = list(self.trust.step_lengths.values())
-        length = torch.stack(lengths).square().sum().sqrt() if lengths else torch.zeros(())
         share = self._sizes / self._sizes.sum()
         mean = (self.scales * share).sum()
         return {
             "c3o_block_scale_mean": float(mean),
             "c3o_block_scale_std": float(((self.scales - mean).square() * share).sum().sqrt()),
             "c3o_step_elements": sum(part.num_elements for part in self.parts),
-            "c3o_update_norm": float(length),
+            "c3o_update_norm": self.trust.step_length(),
             "c3o_trust_exact_recompute": self.trust.num_norms_taken,
             "c3o_trust_norm_skipped": self.trust.num_steps_unmeasured,
             "c3o_foreach_groups": sum(part.num_groups for part in self.parts),

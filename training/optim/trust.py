@@ -9,6 +9,7 @@ Source: the norm ratio of LARS and LAMB (You et al., arXiv 1904.00962), as a lim
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,13 @@ ZERO_NORM_FLOOR = 0.01  # root mean square that a tensor is taken to have at lea
 
 @dataclass(slots=True)
 class _Cached:
-    """Norm of a parameter (0-d), its updates since, and 1 - length / limit when last measured."""
+    """Norm of a parameter (0-d), its updates since; 1 - length / limit when last measured, and the
+    length then (0-d), shortened."""
 
     norm: Tensor
     age: int = 0
     margin: float = 0.0
+    length: Tensor | None = None
 
 
 class TrustRegion:
@@ -39,7 +42,6 @@ class TrustRegion:
         self.drift = drift
         self.num_norms_taken = 0
         self.num_steps_unmeasured = 0
-        self.step_lengths: dict[Tensor, Tensor] = {}  # as last measured, after shortening
         self._cached: dict[Tensor, _Cached] = {}
 
     def confine(self, update: Update) -> None:
@@ -61,15 +63,29 @@ class TrustRegion:
         limits = self._limits(params)
         factors = (limits / lengths.clamp_min(1e-30)).clamp_max(1.0)
         torch._foreach_mul_(directions, list(factors.unbind()))
-        self.step_lengths.update(zip(params, (lengths * factors).unbind()))
+        for param, length in zip(params, (lengths * factors).unbind()):
+            self._cached[param].length = length
         if self.drift > 0.0:  # the only wait for the device
             for param, margin in zip(params, (1.0 - lengths / limits).tolist()):
                 self._cached[param].margin = margin
 
+    def step_length(self) -> float:
+        """Euclidean length of the last steps of all parameters together, as last measured."""
+        lengths = [own.length for own in self._cached.values() if own.length is not None]
+        if not lengths:
+            return 0.0
+        # Exactly summed: the order in which parameters came up may differ after a resume.
+        return math.sqrt(math.fsum(torch.stack(lengths).double().square().tolist()))
+
     def state_dict(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
         """Cached norms by parameter name, and the counts."""
         cached = {
-            names[param]: {"norm": own.norm.clone(), "age": own.age, "margin": own.margin}
+            names[param]: {
+                "norm": own.norm.clone(),
+                "age": own.age,
+                "margin": own.margin,
+                "length": None if own.length is None else own.length.clone(),
+            }
             for param, own in self._cached.items()
         }
         return {"cached": cached, "counts": [self.num_norms_taken, self.num_steps_unmeasured]}
@@ -77,7 +93,7 @@ class TrustRegion:
     def load_state_dict(self, state: dict[str, Any], names: Mapping[Tensor, str]) -> None:
         """Continue from a saved state, for parameters of the same names."""
         self._cached = {
-            param: _Cached(entry["norm"].to(param.device).clone(), entry["age"], entry["margin"])
+            param: _restored(entry, param.device)
             for param, name in names.items()
             if (entry := state["cached"].get(name)) is not None
         }
@@ -99,3 +115,13 @@ class TrustRegion:
         norms = torch._foreach_norm(due)
         self._cached.update({param: _Cached(norm.float()) for param, norm in zip(due, norms)})
         self.num_norms_taken += len(due)
+
+
+def _restored(entry: dict[str, Any], device: torch.device) -> _Cached:
+    length = entry["length"]
+    return _Cached(
+        entry["norm"].to(device).clone(),
+        entry["age"],
+        entry["margin"],
+        None if length is None else length.to(device).clone(),
+    )
