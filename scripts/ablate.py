@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.ablation import CLOCKS, Arm, Outcome, run_side_by_side
 from scripts.paired import Comparison, compare, overall_verdict
+from training.config.cli import parse_args
 
 SAME_COST = 0.02  # two arms whose time per step differs by less share their equal-time run
 PLACEBO = "placebo"
@@ -50,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--arm: give two or more arms with different names")
     if len(set(options.seeds)) < 2:
         parser.error("--seeds: give two or more different ones")
+    for arm in options.arm:
+        try:
+            parse_args([*common, *arm.flags])
+        except ValueError as error:
+            parser.error(f"arm {arm.name}: {error}")
     with tempfile.TemporaryDirectory() as directory:
         result = ablate(
             common,

@@ -150,9 +150,7 @@ def test_the_placebo_hands_out_the_same_factors_to_other_blocks():
     mean, ones = drawn(50) * 0.01, torch.ones(50)
     permutation = torch.randperm(50, generator=torch.Generator().manual_seed(1))
     real, _ = block_scales(mean, ones, ones, settings=CreditSettings())
-    placebo, _ = block_scales(
-        mean, ones, ones, settings=CreditSettings(), permutation=permutation
-    )
+    placebo, _ = block_scales(mean, ones, ones, settings=CreditSettings(), permutation=permutation)
     torch.testing.assert_close(placebo, real[permutation])
     assert not torch.allclose(placebo, real)
 
