@@ -191,11 +191,9 @@ def resume_fingerprint(
         "seq-len": config.data.seq_len,
         "batch-size": config.data.batch_size,
         "grad-accum-steps": config.data.grad_accum_steps,
-        **state_settings(config.optim),
+        **state_settings(config.optim, config.c3o),
         "tokenizer-name": tokenizer.sha256,
     }
-    if config.optim.optimizer == "c3o":
-        own |= {"c3o-base": config.c3o.base, "c3o-block-size": config.c3o.block_size}
     flags = {f"--{name.replace('_', '-')}": str(value) for name, value in (model | own).items()}
     return flags | deciding_flags(config) | {"corpus": corpus.fingerprint, "state schema": "2"}
 

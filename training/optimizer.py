@@ -171,14 +171,19 @@ def _restored(value: Any, param: Tensor) -> Any:
     return value.to(param.device).clone() if value.dim() else value.clone()
 
 
-def state_settings(settings: OptimConfig) -> dict[str, object]:
+def state_settings(settings: OptimConfig, c3o: C3OConfig | None = None) -> dict[str, object]:
     """What decides the form of the optimizer's state, by flag: a resumed run must share it."""
     found: dict[str, object] = {"optimizer": settings.optimizer}
     if "lion" in settings.optimizer:
         found["lion-state-dtype"] = settings.lion_state_dtype
     if settings.optimizer == "galore-lion":
         found["galore-rank"] = settings.galore_rank
-    if settings.optimizer in SPLITTING:  # named where changed, so that older runs go on
+    kind, c3o = settings.optimizer, c3o or C3OConfig()
+    if kind == "c3o":
+        kind = c3o.base
+        for name in ("base", "block_size", "state_dtype"):
+            found[f"c3o-{name.replace('_', '-')}"] = getattr(c3o, name)
+    if kind in SPLITTING:  # named where changed, so that older runs go on
         default = OptimConfig()
         for rule in SPLIT_RULES:
             if getattr(settings, rule) != getattr(default, rule):
@@ -192,8 +197,8 @@ def build_optimizer(
     """Optimizer of `model` under the `--optimizer` family of flags.
 
     seed: of the stochastic rounding and the randomised projections. c3o: settings of `--optimizer
-    c3o`, its defaults if not given. RuntimeError for gnprox where
-    a parameter is not on a CUDA device.
+    c3o`, its defaults if not given. RuntimeError for gnprox where a parameter is not on a CUDA
+    device.
     """
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     own = named

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.batch import Batch
 from training.data import TokenCorpus, TokenSplit, split_batches
 from training.micro_batch import move_batch
+from training.stream.batch import Batch
 
 LARGEST_SHARE = 0.2  # of the training text
 

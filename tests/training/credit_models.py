@@ -4,10 +4,10 @@ import torch
 
 from model.config import SigmaModelConfig
 from model.sigma_llm import SigmaLLM
-from training.batch import Batch
 from training.config.c3o_sections import C3OConfig
 from training.config.sections import OptimConfig
 from training.optimizer import build_optimizer
+from training.stream.batch import Batch
 
 VOCAB, LENGTH = 64, 32
 
