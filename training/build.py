@@ -28,6 +28,7 @@ from training.integrity_guards import IntegrityGuards, SourceGuard, check_steps
 from training.micro_batch import MicroBatchPlan
 from training.optimizer import OptimizerSet, state_settings
 from training.optimizer import build_optimizer as optimizer_for
+from training.probe import Probe, hold_out, probe_batches
 from training.run_services import RunServices
 from training.runtime.atomic_io import FileOps
 from training.runtime.checkpoint import CheckpointStore
@@ -76,6 +77,20 @@ def build_corpus(config: SigmaConfig, tokenizer: Tokenizer) -> TokenCorpus:
     return tokenize_corpus(EmbeddedCorpus(), tokenizer, cache_dir=TOKEN_CACHE)
 
 
+def build_probe(
+    config: SigmaConfig, corpus: TokenCorpus, device: torch.device
+) -> tuple[TokenCorpus, Probe | None]:
+    """What is left of the corpus to train on, and the probe, where something decides by one."""
+    if not config.c3o.credit_enabled and not config.probe.held_out:
+        return corpus, None
+    own, seq_len = config.probe, config.data.seq_len
+    rest, held_out = hold_out(corpus, num_tokens=own.batch_size * own.batches * seq_len)
+    batches = probe_batches(
+        held_out, corpus, batch_size=own.batch_size, num_batches=own.batches, seq_len=seq_len
+    )
+    return rest, Probe(batches, device=device, autocast=build_autocast(config, device))
+
+
 def build_stream(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) -> BatchStream:
     """The stream of `--data-backend`; other backends than embedded ask their sources here."""
     if config.stream.data_backend != "embedded" or source_specs(config.stream, seed=0):
@@ -100,7 +115,7 @@ def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device)
 
 
 def build_optimizer(config: SigmaConfig, model: nn.Module) -> OptimizerSet:
-    return optimizer_for(model, config.optim, seed=config.run.seed)
+    return optimizer_for(model, config.optim, seed=config.run.seed, c3o=config.c3o)
 
 
 def build_evaluator(
@@ -180,7 +195,7 @@ def resume_fingerprint(
         "seq-len": config.data.seq_len,
         "batch-size": config.data.batch_size,
         "grad-accum-steps": config.data.grad_accum_steps,
-        **state_settings(config.optim),
+        **state_settings(config.optim, config.c3o),
         "tokenizer-name": tokenizer.sha256,
     }
     flags = {f"--{name.replace('_', '-')}": str(value) for name, value in (model | own).items()}
@@ -203,7 +218,7 @@ def build_trainer(
     if config.integrity.strict_feature_usage:
         check_steps(feature_set.first_steps(), steps=config.run.steps)
     tokenizer = build_tokenizer(config)
-    corpus = build_corpus(config, tokenizer)
+    corpus, probe = build_probe(config, build_corpus(config, tokenizer), device)
     model = build_model(config, tokenizer, device)
     autocast = build_autocast(config, device)
     output_dir = Path(config.run.output_dir)
@@ -236,6 +251,7 @@ def build_trainer(
         forward_model=compile_model(config, model),
         start_facts=start_facts(config, model),
         config_hash=config_hash(config),
+        probe=probe,
     )
     return SigmaTrainer(
         config,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.probe import Probe
 from training.stream.batch import Batch
 from training.stream.mixture import Mixture
 
@@ -33,6 +34,7 @@ class StepContext:
     grad_norm: global gradient norm before clipping, set by the update.
     optimizer: what `update` will step.
     mixture: the draws between the stream's sources; None when it has but one text.
+    probe: text of the training split that is never trained on; None when nothing asks for it.
     rng: generator of the feature that is being called, derived from the seed and its name.
     """
 
@@ -41,6 +43,7 @@ class StepContext:
     model: nn.Module
     optimizer: Any
     mixture: Mixture | None = None
+    probe: Probe | None = None
     rng: torch.Generator | None = None
     micro: int = 0
     batch: Batch | None = None

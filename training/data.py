@@ -311,7 +311,7 @@ def validation_batches(
     `max_tokens` stops after as many whole windows (one at least). The last window of the split is
     padded with labels of -100, the last batch may have fewer rows.
     """
-    yield from _consecutive(
+    yield from split_batches(
         corpus.splits["validation"],
         seq_len=seq_len,
         batch_size=batch_size,
@@ -343,7 +343,7 @@ def text_batches(
         starts=np.array([0, len(tokens)], dtype=np.int64),
         source_ids=np.array([SOURCE_IDS["unknown"]], dtype=np.int16),
     )
-    yield from _consecutive(
+    yield from split_batches(
         split,
         seq_len=seq_len,
         batch_size=batch_size,
@@ -352,7 +352,7 @@ def text_batches(
     )
 
 
-def _consecutive(
+def split_batches(
     split: TokenSplit,
     *,
     seq_len: int,
@@ -361,6 +361,7 @@ def _consecutive(
     byte_lengths: NDArray[np.int32],
     max_tokens: int | None = None,
 ) -> Iterator[Batch]:
+    """The text of a split from its beginning, as `validation_batches` cuts it."""
     total = len(split.tokens)
     num_windows = -(-total // seq_len)
     if max_tokens is not None:

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from model.bitlinear import BitLinear
 from model.moe import Experts
+from training.config.c3o_sections import C3OConfig
 from training.config.sections import SOAP_MAX_SIDE, OptimConfig
 from training.optim.adamuon import AdaMuon
 from training.optim.adamw import AdamW
 from training.optim.base import Scale, ScaledOptimizer
+from training.optim.c3o import C3O
+from training.optim.c3o_build import build_companion, build_control, build_main
 from training.optim.galore_lion import GaloreLion
 from training.optim.gnprox import Damping, GNProx
 from training.optim.lion import STATE_DTYPES, Lion
@@ -28,6 +31,7 @@ from training.optim.normuon import NorMuon
 from training.optim.soap import Soap
 
 ADAM_BETAS = (0.9, 0.95)
+CONTROL = "c3o"  # its place among the parameters of the state
 ROLES = ("embed", "head", "engram", "matrix", "scalar")
 MUON_KINDS: dict[str, type[Muon]] = {"muon": Muon, "normuon": NorMuon, "adamuon": AdaMuon}
 # These leave what the `--muon-*` rules do not give them to a companion.
@@ -95,8 +99,9 @@ def takes_muon(name: str, param: Tensor, settings: OptimConfig, *, projections: 
 class OptimizerSet:
     """Several optimizers stepped as one, with a state that is keyed by parameter name."""
 
-    def __init__(self, parts: list[ScaledOptimizer]) -> None:
+    def __init__(self, parts: list[ScaledOptimizer], *, control: C3O | None = None) -> None:
         self.parts = parts
+        self.control = control
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -121,7 +126,8 @@ class OptimizerSet:
 
     def metrics(self) -> dict[str, float]:
         """The parts' own columns."""
-        return {name: value for part in self.parts for name, value in part.metrics().items()}
+        row = {name: value for part in self.parts for name, value in part.metrics().items()}
+        return row if self.control is None else row | self.control.metrics()
 
     def step(self) -> None:
         for part in self.parts:
@@ -138,6 +144,8 @@ class OptimizerSet:
             for group in part.param_groups:
                 for name, param in zip(group["param_names"], group["params"]):
                     state[name] = dict(part.state[param]) if param in part.state else {}
+        if self.control is not None:
+            state[CONTROL] = self.control.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,6 +160,8 @@ class OptimizerSet:
                         part.state[param] = {
                             key: _restored(value, param) for key, value in state[name].items()
                         }
+        if self.control is not None:
+            self.control.load_state_dict(state[CONTROL])
 
 
 def _restored(value: Any, param: Tensor) -> Any:
@@ -161,14 +171,19 @@ def _restored(value: Any, param: Tensor) -> Any:
     return value.to(param.device).clone() if value.dim() else value.clone()
 
 
-def state_settings(settings: OptimConfig) -> dict[str, object]:
+def state_settings(settings: OptimConfig, c3o: C3OConfig | None = None) -> dict[str, object]:
     """What decides the form of the optimizer's state, by flag: a resumed run must share it."""
     found: dict[str, object] = {"optimizer": settings.optimizer}
     if "lion" in settings.optimizer:
         found["lion-state-dtype"] = settings.lion_state_dtype
     if settings.optimizer == "galore-lion":
         found["galore-rank"] = settings.galore_rank
-    if settings.optimizer in SPLITTING:  # named where changed, so that older runs go on
+    kind, c3o = settings.optimizer, c3o or C3OConfig()
+    if kind == "c3o":
+        kind = c3o.base
+        for name in ("base", "block_size", "state_dtype"):
+            found[f"c3o-{name.replace('_', '-')}"] = getattr(c3o, name)
+    if kind in SPLITTING:  # named where changed, so that older runs go on
         default = OptimConfig()
         for rule in SPLIT_RULES:
             if getattr(settings, rule) != getattr(default, rule):
@@ -176,36 +191,45 @@ def state_settings(settings: OptimConfig) -> dict[str, object]:
     return found
 
 
-def build_optimizer(model: nn.Module, settings: OptimConfig, *, seed: int = 0) -> OptimizerSet:
+def build_optimizer(
+    model: nn.Module, settings: OptimConfig, *, seed: int = 0, c3o: C3OConfig | None = None
+) -> OptimizerSet:
     """Optimizer of `model` under the `--optimizer` family of flags.
 
-    seed: of the stochastic rounding and the randomised projections. RuntimeError for gnprox where
-    a parameter is not on a CUDA device.
+    seed: of the stochastic rounding and the randomised projections. c3o: settings of `--optimizer
+    c3o`, its defaults if not given. RuntimeError for gnprox where a parameter is not on a CUDA
+    device.
     """
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     own = named
-    if settings.optimizer in SPLITTING:
+    c3o = c3o or C3OConfig()
+    kind = c3o.base if settings.optimizer == "c3o" else settings.optimizer
+    if kind in SPLITTING:
         projections = projection_names(model)
         own = [item for item in named if takes_muon(*item, settings, projections=projections)]
     names = {name for name, _ in own}
     rest = [item for item in named if item[0] not in names]
     parts: list[ScaledOptimizer] = []
     if own:
-        parts.append(_main_part(own, settings, seed=seed))
+        parts.append(_main_part(own, settings, seed=seed, c3o=c3o))
     if rest:
-        parts.append(_companion(rest, settings, seed=seed))
+        parts.append(_companion(rest, settings, seed=seed, c3o=c3o))
     experts = expert_parameters(model)
     for part in parts:
         ids = {id(param) for group in part.param_groups for param in group["params"]}
         part.watch_stacks(param for param in experts if id(param) in ids)
+    if settings.optimizer == "c3o":
+        return OptimizerSet(parts, control=build_control(parts, model, c3o, seed=seed))
     return OptimizerSet(parts)
 
 
 def _main_part(
-    named: list[tuple[str, nn.Parameter]], settings: OptimConfig, *, seed: int
+    named: list[tuple[str, nn.Parameter]], settings: OptimConfig, *, seed: int, c3o: C3OConfig
 ) -> ScaledOptimizer:
     kind, lr = settings.optimizer, settings.lr
     groups = _groups(named, lr=lr, weight_decay=settings.weight_decay)
+    if kind == "c3o":
+        return build_main(groups, settings, c3o, seed=seed)
     if kind in MUON_KINDS:
         return MUON_KINDS[kind](
             groups, lr=lr, num_steps=settings.gn_ns_steps, iteration=settings.muon_iteration
@@ -228,12 +252,14 @@ def _main_part(
 
 
 def _companion(
-    named: list[tuple[str, nn.Parameter]], settings: OptimConfig, *, seed: int
+    named: list[tuple[str, nn.Parameter]], settings: OptimConfig, *, seed: int, c3o: C3OConfig
 ) -> ScaledOptimizer:
     """What moves the parameters that the main part does not take."""
     lion = settings.optimizer == "galore-lion"
     lr = settings.lr if lion else settings.adam_lr
     groups = _groups(named, lr=lr, weight_decay=settings.weight_decay)
+    if settings.optimizer == "c3o":
+        return build_companion(groups, settings, c3o, betas=ADAM_BETAS, seed=seed)
     if lion:
         return Lion(groups, lr=lr, **_lion_options(settings, seed=2 * seed + 1))
     return _adamw(named, groups, lr=lr)

@@ -13,6 +13,7 @@ from torch import nn
 from training.audit import RunAudit
 from training.evaluation import EvalResult
 from training.micro_batch import MicroBatchPlan
+from training.probe import Probe
 from training.runtime.checkpoint import CheckpointStore
 from training.runtime.clock import PhaseClock
 from training.runtime.memory_guard import MemoryGuard
@@ -31,7 +32,7 @@ class RunServices:
     told that the run is alive, at every step. audit: guards that watch and never steer. autocast:
     context of every forward. sample: text the model writes now. on_open: called once the run
     directory is locked (the resolved settings). report: refreshed after saves. forward_model: the
-    model, or its compiled form.
+    model, or its compiled form. probe: held-out training text, where a feature decides by it.
     """
 
     clock: PhaseClock
@@ -51,3 +52,4 @@ class RunServices:
     forward_model: Callable[..., Any]
     start_facts: dict[str, Any]
     config_hash: str
+    probe: Probe | None = None

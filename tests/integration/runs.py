@@ -25,6 +25,7 @@ TINY = """
 """
 WALL_CLOCK = (
     "_s", "_ms", "tokens_per_s", "time_utc", "cpu_percent", "ram_", "gpu_", "_per_s_ema", "perf_",
+    "speed_gain",
 )  # fmt: skip
 
 

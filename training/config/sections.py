@@ -138,7 +138,7 @@ class ModelConfig:
 
 SOAP_MAX_SIDE = 2048  # a longer side of a matrix gets no basis
 OPTIMIZERS = (
-    "adamw", "muon", "normuon", "adamuon", "soap", "lion", "galore-lion", "gnprox",
+    "adamw", "muon", "normuon", "adamuon", "soap", "lion", "galore-lion", "gnprox", "c3o",
 )  # fmt: skip
 
 

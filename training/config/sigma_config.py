@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, fields
 
 from model.config import SigmaModelConfig
+from training.config.c3o_sections import C3OConfig, ProbeConfig
 from training.config.data_sections import AdaptiveConfig, StreamConfig
 from training.config.fields import ConfigError, iter_flags, section
 from training.config.sections import (
@@ -32,6 +33,10 @@ __all__ = ["ConfigError", "SigmaConfig"]
 DEVICE_PATTERN = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
+class WrongOptimizerError(ConfigError, RuntimeError):
+    """Credit without the optimizer that uses it."""
+
+
 @dataclass(slots=True, kw_only=True)
 class SigmaConfig:
     """Every setting of `train_sigma.py`, by section."""
@@ -41,6 +46,8 @@ class SigmaConfig:
     stream: StreamConfig = section(StreamConfig, title="Data stream")
     model: ModelConfig = section(ModelConfig, title="Model")
     optim: OptimConfig = section(OptimConfig, title="Optimizer and schedule")
+    c3o: C3OConfig = section(C3OConfig, title="C3O and credit", prefix="c3o")
+    probe: ProbeConfig = section(ProbeConfig, title="Probe text", prefix="probe")
     eval: EvalConfig = section(EvalConfig, title="Evaluation and samples while training")
     precision: PrecisionConfig = section(PrecisionConfig, title="Precision and compilation")
     perf: PerfConfig = section(PerfConfig, title="Performance window")
@@ -66,6 +73,7 @@ class SigmaConfig:
             setattr(part, flag.field, flag.check(getattr(part, flag.field)))
         self._validate_run()
         self._validate_optim()
+        self._validate_credit()
         self._validate_curriculum()
         self._validate_adaptive()
         self._validate_perf()
@@ -93,6 +101,25 @@ class SigmaConfig:
             raise ConfigError(
                 f"--gn-damping {optim.gn_damping:g} must lie between --gn-damping-min "
                 f"{optim.gn_damping_min:g} and --gn-damping-max {optim.gn_damping_max:g}"
+            )
+
+    def _validate_credit(self) -> None:
+        if self.probe.held_out:
+            self._validate_probe("--probe-held-out")
+        if not self.c3o.credit_enabled:
+            return
+        if self.optim.optimizer != "c3o":
+            raise WrongOptimizerError(
+                "c3o credit is enabled but optimizer is not 'c3o'. Use --optimizer c3o or disable "
+                "--c3o-credit-enabled."
+            )
+        self._validate_probe("--c3o-credit-enabled")
+
+    def _validate_probe(self, flag: str) -> None:
+        if self.stream.data_backend != "embedded":
+            raise ConfigError(
+                f"{flag} needs probe text held out of the training text, which "
+                f"--data-backend embedded has; use that, or --no-{flag[2:]}"
             )
 
     def _validate_curriculum(self) -> None:

@@ -1,6 +1,7 @@
 """The ordered tuple of all features: position is the order in every phase."""
 
 from training.features.base import Feature
+from training.features.c3o_credit import C3oCreditFeature
 from training.features.curriculum import CurriculumFeature
 from training.features.diff_mla import DiffMlaFeature
 from training.features.ema import EmaFeature
@@ -8,6 +9,7 @@ from training.features.reweighting import AdaptiveSourcesFeature
 
 FEATURES: tuple[type[Feature], ...] = (
     AdaptiveSourcesFeature,
+    C3oCreditFeature,
     CurriculumFeature,
     DiffMlaFeature,
     EmaFeature,

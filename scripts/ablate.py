@@ -1,0 +1,210 @@
+"""Does a feature help? Arms of one configuration on the same data and seeds, to a verdict.
+
+The first arm is the one without the feature; the last may be a placebo, whose name begins with
+`placebo`. Every arm runs for the same number of steps, which is equal tokens, and once more, where
+it costs more or less than the first, for as many steps as the first one's time allows: equal time.
+Bits per byte are of the validation split after the last step. An arm helps when its interval lies
+below 0 at equal tokens and at equal time, and also against the placebo.
+
+    python scripts/ablate.py @profiles/quickstart.txt --ablate-steps 300 --seeds 0,1,2 \\
+        --arm "off: --optimizer c3o" --arm "on: --optimizer c3o --c3o-credit-enabled" \\
+        --arm "placebo: --optimizer c3o --c3o-credit-enabled --c3o-credit-shuffled"
+
+Own options end at the flags of train_sigma.py, which follow or come in an @file. Give every arm the
+same probe text (--probe-held-out), or their data differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.ablation import CLOCKS, Arm, Outcome, run_side_by_side
+from scripts.paired import Comparison, compare, overall_verdict
+from training.config.cli import parse_args
+
+SAME_COST = 0.02  # two arms whose time per step differs by less share their equal-time run
+PLACEBO = "placebo"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--arm", action="append", required=True, type=_arm, metavar="NAME:FLAGS")
+    parser.add_argument("--seeds", required=True, type=_seeds, help="such as 0,1,2")
+    parser.add_argument("--ablate-steps", required=True, type=int, help="steps of every arm")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
+    parser.add_argument("--turn-steps", type=int, default=5, help="steps of an arm in a row")
+    parser.add_argument("--output", type=Path, help="JSON file of the result")
+    options, common = parser.parse_known_args(argv)
+    names = [arm.name for arm in options.arm]
+    if len(set(names)) != len(names) or len(names) < 2:
+        parser.error("--arm: give two or more arms with different names")
+    if len(set(options.seeds)) < 2:
+        parser.error("--seeds: give two or more different ones")
+    for arm in options.arm:
+        try:
+            parse_args([*common, *arm.flags])
+        except ValueError as error:
+            parser.error(f"arm {arm.name}: {error}")
+    with tempfile.TemporaryDirectory() as directory:
+        result = ablate(
+            common,
+            options.arm,
+            seeds=options.seeds,
+            steps=options.ablate_steps,
+            clock=options.clock,
+            turn_steps=options.turn_steps,
+            directory=Path(directory),
+        )
+    print(table(result))
+    if options.output:
+        text = json.dumps(result, indent=1)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n", encoding="utf-8", newline="\n")
+    return 0
+
+
+def ablate(
+    common: Sequence[str],
+    arms: Sequence[Arm],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    clock: str,
+    turn_steps: int,
+    directory: Path,
+) -> dict[str, Any]:
+    """All runs, their comparisons with the first arm and the placebo, and a verdict per arm."""
+    tokens: dict[int, dict[str, Outcome]] = {}
+    for seed in seeds:
+        tokens[seed] = run_side_by_side(
+            common,
+            arms,
+            seed=seed,
+            steps={arm.name: steps for arm in arms},
+            directory=directory,
+            clock=CLOCKS[clock],
+            turn_steps=turn_steps,
+        )
+        print(f"seed {seed}: " + _brief(tokens[seed]), flush=True)
+    allowed = equal_time_steps(tokens, steps=steps)
+    others = [arm for arm in arms if allowed[arm.name] != steps]
+    timed = {seed: dict(outcomes) for seed, outcomes in tokens.items()}
+    for seed in seeds if others else ():
+        timed[seed] |= run_side_by_side(
+            common,
+            others,
+            seed=seed,
+            steps=allowed,
+            directory=directory,
+            clock=CLOCKS[clock],
+            turn_steps=turn_steps,
+        )
+        print(f"seed {seed}, equal time: " + _brief(timed[seed]), flush=True)
+    return {
+        "flags": list(common),
+        "arms": {arm.name: list(arm.flags) for arm in arms},
+        "clock": clock,
+        "steps": steps,
+        "equal_time_steps": allowed,
+        "equal_tokens": _runs(tokens),
+        "equal_time": _runs(timed),
+        "comparisons": comparisons(tokens, timed, names=[arm.name for arm in arms]),
+    }
+
+
+def equal_time_steps(tokens: dict[int, dict[str, Outcome]], *, steps: int) -> dict[str, int]:
+    """Steps that each arm can make in the first arm's time; `steps` where the cost is the same."""
+    names = list(next(iter(tokens.values())))
+    allowed = {}
+    for name in names:
+        cost = statistics.median(
+            outcomes[name].seconds / outcomes[names[0]].seconds for outcomes in tokens.values()
+        )
+        allowed[name] = steps if abs(cost - 1.0) < SAME_COST else max(1, round(steps / cost))
+    return allowed
+
+
+def comparisons(
+    tokens: dict[int, dict[str, Outcome]],
+    timed: dict[int, dict[str, Outcome]],
+    *,
+    names: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """Every arm against the first one and the placebo, and its overall verdict."""
+    placebo = next((name for name in names if name.startswith(PLACEBO)), None)
+    found: dict[str, dict[str, Any]] = {}
+    for name in names[1:]:
+        rivals = [names[0]] if placebo in (None, name) else [names[0], placebo]
+        parts: dict[str, Comparison] = {}
+        for rival in rivals:
+            for label, runs in (("equal tokens", tokens), ("equal time", timed)):
+                parts[f"{label}, against {rival}"] = compare(
+                    [outcomes[name].bpb for outcomes in runs.values()],
+                    [outcomes[rival].bpb for outcomes in runs.values()],
+                )
+        found[name] = {label: part.to_dict() for label, part in parts.items()}
+        found[name]["verdict"] = overall_verdict(list(parts.values()))
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a Markdown table; differences in bits per byte, negative is better."""
+    lines = ["| arm | comparison | difference | 95 % interval | verdict |", "|---|---|---|---|---|"]
+    for name, parts in result["comparisons"].items():
+        for label, part in parts.items():
+            if label == "verdict":
+                continue
+            low, high = part["interval"]
+            lines.append(
+                f"| {name} | {label} | {part['mean']:+.4f} | {low:+.4f} to {high:+.4f} | "
+                f"{part['verdict']} |"
+            )
+        lines.append(f"| {name} | all | | | **{parts['verdict']}** |")
+    return "\n".join(lines)
+
+
+def _runs(runs: dict[int, dict[str, Outcome]]) -> dict[str, dict[str, Any]]:
+    return {
+        str(seed): {
+            name: {
+                "bpb": outcome.bpb,
+                "steps": outcome.steps,
+                "seconds": round(outcome.seconds, 2),
+            }
+            for name, outcome in outcomes.items()
+        }
+        for seed, outcomes in runs.items()
+    }
+
+
+def _brief(outcomes: dict[str, Outcome]) -> str:
+    return ", ".join(
+        f"{name} {outcome.bpb:.4f} ({outcome.steps} steps, {outcome.seconds:.0f} s)"
+        for name, outcome in outcomes.items()
+    )
+
+
+def _arm(text: str) -> Arm:
+    try:
+        return Arm.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(item) for item in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Runs of several arms side by side in one process: same data, same seeds, turn by turn.
+
+Every arm of a seed is built at once and gets a few steps in turn, in an order that rotates, so that
+a machine that slows down slows all arms alike. The global generators are put back at every turn, so
+a run is to the bit what it would have been alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from training.build import build_trainer
+from training.config.cli import parse_args
+from training.runtime.rng_state import capture_rng_state, restore_rng_state
+from training.sigma_trainer import SigmaTrainer
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Arm:
+    """A configuration under trial: what its flags add to the common ones."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Arm:
+        """`name: --flag value --switch`. ValueError without a name."""
+        name, _, flags = text.partition(":")
+        if not name.strip():
+            raise ValueError(
+                f"--arm takes name:flags, such as 'off:--no-ema-enabled', not {text!r}"
+            )
+        return cls(name=name.strip(), flags=tuple(flags.split()))
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Outcome:
+    """End of a run: validation bits per byte, steps, and seconds in steps by the chosen clock."""
+
+    bpb: float
+    steps: int
+    seconds: float
+
+
+class _Lane:
+    """One run of one arm, advanced a few steps at a time."""
+
+    def __init__(
+        self, common: Sequence[str], arm: Arm, *, seed: int, steps: int, directory: Path
+    ) -> None:
+        own = directory / f"{arm.name}-{seed}-{steps}"
+        # The last flag wins: an arm may not change where it writes, its seed or its length.
+        flags = [
+            *common, *arm.flags, "--seed", str(seed), "--steps", str(steps),
+            "--output-dir", str(own), "--checkpoint-dir", str(own / "checkpoints"),
+        ]  # fmt: skip
+        self.steps = steps
+        self.seconds = 0.0
+        self.trainer: SigmaTrainer = build_trainer(parse_args(flags))
+        self.trainer.features.run("on_setup", replace(self.trainer.begin_step(), step=0))
+        self._rng = capture_rng_state()
+
+    @property
+    def is_done(self) -> bool:
+        return self.trainer.step >= self.steps
+
+    def advance(self, count: int, *, clock: Callable[[], float]) -> None:
+        """Up to `count` steps more. RuntimeError when one is refused for not being finite."""
+        restore_rng_state(self._rng)
+        start = clock()
+        for _ in range(min(count, self.steps - self.trainer.step)):
+            if self.trainer.attempt_step() is None:
+                raise RuntimeError(f"step {self.trainer.step + 1} could not be made")
+        self.seconds += clock() - start
+        self._rng = capture_rng_state()
+
+    def finish(self) -> Outcome:
+        result = self.trainer.services.evaluate(self.trainer.model)
+        self.trainer.features.close()
+        self.trainer.stream.close()
+        return Outcome(bpb=result.bpb, steps=self.steps, seconds=self.seconds)
+
+
+def run_side_by_side(
+    common: Sequence[str],
+    arms: Sequence[Arm],
+    *,
+    seed: int,
+    steps: dict[str, int],
+    directory: Path,
+    clock: Callable[[], float],
+    turn_steps: int = 5,
+) -> dict[str, Outcome]:
+    """Every arm trained for its number of steps on one seed; outcomes by arm name.
+
+    ValueError as in `build_trainer` for flags that cannot be used.
+    """
+    lanes = {
+        arm.name: _Lane(common, arm, seed=seed, steps=steps[arm.name], directory=directory)
+        for arm in arms
+    }
+    order = list(lanes)
+    while not all(lane.is_done for lane in lanes.values()):
+        for name in order:
+            lanes[name].advance(turn_steps, clock=clock)
+        order = [*order[1:], order[0]]
+    return {name: lane.finish() for name, lane in lanes.items()}
