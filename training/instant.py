@@ -94,8 +94,13 @@ class InstantMemory:
         self.settings = settings
         self.kinds = [block.kind for block in _blocks(model)]
         self.plans = plan_blocks(self.kinds, mode=settings.mode, two_stream=model.two_stream)
-        rules = CodingRules(error_threshold=settings.error_threshold, rank=settings.comp_dim)
-        self.book = SlotBook(rules)
+        self.book = SlotBook(
+            CodingRules(
+                error_threshold=settings.error_threshold,
+                rank=settings.comp_dim,
+                budgeted=settings.byte_budget_mb > 0,
+            )
+        )
         self.num_forwards = 0
         self._model_tensors: Callable[[], Iterator[Tensor]] = lambda: _tensors(model)
         self._forwards: deque[_Forward] = deque(maxlen=_KEPT_FORWARDS)

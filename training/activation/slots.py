@@ -43,7 +43,8 @@ class Slot:
 
     coding: "weight", "exact", "integers", or one of CODINGS; None before the first probe.
     calls: since the last probe. error: relative, at the last probe. assigned: coding that a byte
-    budget has given, which probes then leave alone. basis: (D, r) of "low_rank".
+    budget has given, which probes then leave alone. basis: (D, r) of "low_rank". kind: dtype and
+    number of dimensions of the tensor; another one is another tensor, of which nothing is known.
     """
 
     coding: str | None = None
@@ -52,9 +53,10 @@ class Slot:
     elements: int = 0
     assigned: str | None = None
     basis: Tensor | None = None
+    kind: str = ""
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("coding", "calls", "error", "elements", "assigned", "basis")
+        names = ("coding", "calls", "error", "elements", "assigned", "basis", "kind")
         return {name: getattr(self, name) for name in names}
 
 
@@ -80,10 +82,12 @@ class Tally:
 
 @dataclass(slots=True, kw_only=True)
 class CodingRules:
-    """error_threshold: largest relative error of a coding below 8 bits; rank: of "low_rank"."""
+    """error_threshold: largest relative error of a coding below 8 bits; rank: of "low_rank".
+    budgeted: a byte budget decides instead; 4 bits until it has."""
 
     error_threshold: float = 0.01
     rank: int = 64
+    budgeted: bool = False
 
 
 @dataclass(slots=True)
@@ -169,9 +173,10 @@ class BlockTensors:
         large = tensor.is_floating_point() and tensor.numel() >= self._least
         if large and self._is_weight(tensor):
             return False
-        if large and as_integers(_flat(tensor)[0]) is None:
+        finite = large and bool(tensor.isfinite().all())
+        if finite and as_integers(_flat(tensor)[0]) is None:
             return True
-        self.fixed_bytes += tensor.numel() * (1 if large else tensor.element_size())
+        self.fixed_bytes += tensor.numel() * (1 if finite else tensor.element_size())
         return False
 
     def _is_weight(self, tensor: Tensor) -> bool:
@@ -186,6 +191,9 @@ class BlockTensors:
             slot.coding = "exact"
             return self._compact(tensor)
         values, stride = _flat(tensor)
+        kind = f"{tensor.dtype} {tensor.dim()}"
+        if slot.kind != kind:
+            slot.coding, slot.kind = None, kind
         due = slot.coding is None or slot.calls >= PROBE_INTERVAL
         packed: Packed | None = None
         if due:
@@ -209,12 +217,15 @@ class BlockTensors:
         if self._is_weight(tensor):
             slot.coding = "weight"
             return None
+        if not bool(values.isfinite().all()):  # a mask of infinities has no range
+            slot.coding = "exact"
+            return None
         integers = as_integers(values)
         if integers is not None:
             slot.coding = "integers"
             return integers
-        if slot.assigned is not None:
-            slot.coding = slot.assigned
+        if self.book.rules.budgeted:
+            slot.coding = slot.assigned or "int4"
             return self._measured(slot, values, tensor.shape[-1])
         packed = None
         for slot.coding in CODINGS:
@@ -258,7 +269,7 @@ class BlockTensors:
             slot.coding, slot.calls = "int8", PROBE_INTERVAL
         bits = 4 if slot.coding == "int4" else 8
         packed = encode(values, bits=bits, generator=self._generator)
-        if bits == 4 and slot.assigned is None and slot.calls:
+        if bits == 4 and slot.calls and not self.book.rules.budgeted:
             slot.error = relative_error(packed, values)
             if slot.error > self.book.rules.error_threshold:
                 slot.coding = "int8"
