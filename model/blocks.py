@@ -94,9 +94,7 @@ class Block(nn.Module):
         memory, new_state = self.engram(x, input_ids, context, state=state.engram)
         return self._drop(memory), new_state
 
-    def mix(
-        self, x: Tensor, context: SequenceContext, *, state: BlockState
-    ) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, context: SequenceContext, *, state: BlockState) -> tuple[Tensor, Any]:
         """What the mixer, reading x (B, T, D), adds to a stream, and its new state."""
         mixed, new_state = self.mixer(self.mixer_norm(x), context, state=state.mixer)
         return self._drop(mixed), new_state

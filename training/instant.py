@@ -14,22 +14,18 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from model.bitlinear import BitLinear, expand_scale, ternarize
-from model.blocks import Block, BlockState
-from model.mla import MLA
+from model.blocks import Block
 from model.sequence import SequenceContext
-from model.sigma_llm import BlockResult, RunBlock, SigmaTrunk
-from model.weight_cache import is_held
-from training.activation.budget import SlotCost, allocate, measure_sensitivity
-from training.activation.meter import SavedMeter
-from training.activation.reversible import BlockRun, SegmentRun, measure_inversion
-from training.activation.slots import BlockTensors, CodingRules, SlotBook, Tally
+from model.sigma_llm import RunBlock, SigmaTrunk
+from training.activation.forward import InstantForward
+from training.activation.reversible import measure_inversion
+from training.activation.slots import CodingRules, SlotBook
 
 MODES = ("auto", "reversible", "compress", "off")
 START_LIMIT = 0.05
@@ -65,13 +61,15 @@ class PatchedBlocks(NamedTuple):
 class StepReport:
     """Figures of one optimizer step, its micro-batches together.
 
-    original_bytes, stored_bytes: kept by autograd without and with INSTANT. acted: bytes were
+    original_bytes, stored_bytes: kept by autograd without and with INSTANT; compressed_bytes: the
+    part of stored_bytes that compressed blocks keep. acted: bytes were
     saved and backward used what was found or decoded. error: relative, of compressed tensors.
     bits: per number of them. passes, residual: of the inversion; residual is relative, on a sample.
     """
 
     original_bytes: int = 0
     stored_bytes: int = 0
+    compressed_bytes: int = 0
     acted: bool = False
     error: float = 0.0
     bits: float = 0.0
@@ -103,22 +101,30 @@ class InstantMemory:
         )
         self.num_forwards = 0
         self._model_tensors: Callable[[], Iterator[Tensor]] = lambda: _tensors(model)
-        self._forwards: deque[_Forward] = deque(maxlen=_KEPT_FORWARDS)
+        self._forwards: deque[InstantForward] = deque(maxlen=_KEPT_FORWARDS)
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = settings.seed
+        self._begun: tuple[int, dict[str, Any]] | None = None
 
     def wrap(self, run_block: RunBlock) -> RunBlock:
         """run_block for one training forward; see model.sigma_llm.ActivationMemory."""
         if all(plan == "keep" for plan in self.plans):
             return run_block
-        self._forwards.append(_Forward(self, run_block))
+        due = self.num_forwards % BUDGET_INTERVAL == 0
+        budget = self.settings.byte_budget_mb * 2**20 if due else 0
+        self._forwards.append(InstantForward(self, run_block, budget_bytes=budget))
         self.num_forwards += 1
         return self._forwards[-1]
 
-    def reseed(self, seed: int) -> None:
-        """Start the rounding's random numbers anew, so that a step can be repeated."""
+    def begin_step(self, step: int, *, seed: int) -> None:
+        """Start a step with random numbers of its own; one that is begun again starts as before."""
         self._seed = seed
         self._generators.clear()
+        self._forwards.clear()
+        if self._begun is not None and self._begun[0] == step:
+            self._take_over(self._begun[1])
+        else:
+            self._begun = (step, self.state_dict())
 
     def generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -128,6 +134,10 @@ class InstantMemory:
     def storages(self) -> set[int]:
         """Memory of parameters and buffers."""
         return {tensor.untyped_storage().data_ptr() for tensor in self._model_tensors()}
+
+    @property
+    def max_passes(self) -> int:
+        return self.settings.reversible_iters
 
     def patched(self) -> PatchedBlocks:
         kinds = [k for k, plan in zip(self.kinds, self.plans, strict=True) if plan != "keep"]
@@ -144,6 +154,7 @@ class InstantMemory:
         for tally in tallies:
             report.original_bytes += tally.original
             report.stored_bytes += tally.stored
+        report.compressed_bytes = report.stored_bytes
         elements = sum(tally.elements for tally in tallies)
         if elements:
             error = sum(tally.squared_error for tally in tallies) / elements
@@ -183,6 +194,10 @@ class InstantMemory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["plans"]) != len(self.plans):
             raise ValueError("the INSTANT state belongs to a network of another depth")
+        self._begun = None
+        self._take_over(state)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
         self.plans = list(state["plans"])
         self.book.load_state_dict(state["slots"])
         self.num_forwards = state["num_forwards"]
@@ -200,23 +215,33 @@ def plan_blocks(kinds: list[str], *, mode: str, two_stream: bool) -> list[str]:
     return [plan[mode]] * len(kinds)
 
 
-def apply_instant(model: SigmaTrunk, settings: InstantSettings | None = None) -> PatchedBlocks:
-    """Patch the model (again): from now on it trains, keeping what `settings` say (default: off).
+def apply_instant(model: nn.Module, settings: InstantSettings | None = None) -> PatchedBlocks:
+    """Patch a SigmaLLM (again): it trains from now on, keeping what `settings` say (default: off).
 
-    The patch itself is `model.activation_memory`, an InstantMemory.
+    Returns how many blocks keep less than before. `instant_memory` gives the patch itself.
     """
+    if not isinstance(model, SigmaTrunk):
+        raise TypeError(f"INSTANT patches a SigmaLLM, not a {type(model).__name__}")
     memory = InstantMemory(model, settings or InstantSettings())
     model.activation_memory = memory
     return memory.patched()
 
 
-def check_inversion(model: SigmaTrunk, *, seed: int = 0, length: int = 64) -> float:
+def instant_memory(model: nn.Module) -> InstantMemory:
+    """The patch of a model; RuntimeError if it has none."""
+    memory = getattr(model, "activation_memory", None)
+    if not isinstance(memory, InstantMemory):
+        raise RuntimeError("INSTANT was not applied to this model: call apply_instant first")
+    return memory
+
+
+def check_inversion(model: nn.Module, *, seed: int = 0, length: int = 64) -> float:
     """Relative error of the worst reversed block on random tokens; RuntimeError above START_LIMIT.
 
     Run once before training: it finds kernels that do not repeat themselves.
     """
-    memory = model.activation_memory
-    if not isinstance(memory, InstantMemory) or "reverse" not in memory.plans:
+    memory = instant_memory(model)
+    if not isinstance(model, SigmaTrunk) or "reverse" not in memory.plans:
         return 0.0
     device = model.embed.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -241,141 +266,6 @@ def check_inversion(model: SigmaTrunk, *, seed: int = 0, length: int = 64) -> fl
     return worst
 
 
-class _Forward:
-    """run_block of one training forward: sends each block the way its plan says."""
-
-    def __init__(self, memory: InstantMemory, run_block: RunBlock) -> None:
-        self.memory, self.run_block = memory, run_block
-        self.layer = 0
-        self.tally = Tally()
-        self.segments: list[tuple[list[int], SegmentRun]] = []
-        self._owned = memory.storages()
-        self._tables: tuple[int, set[int]] = (-1, set())
-        self._costs: list[SlotCost] = []
-        self._fixed_bytes = 0
-        budget = memory.settings.byte_budget_mb
-        self._measures = bool(budget) and memory.num_forwards % BUDGET_INTERVAL == 0
-
-    def __call__(
-        self,
-        block: nn.Module,
-        streams: tuple[Tensor, ...],
-        input_ids: Tensor | None,
-        context: SequenceContext,
-        state: BlockState | None,
-    ) -> BlockResult:
-        layer = self.layer
-        self.layer += 1
-        plan = self.memory.plans[layer]
-        assert isinstance(block, Block)
-        if plan == "reverse":
-            return self._reverse(layer, block, streams, input_ids, context)
-        if plan == "keep":
-            return self.run_block(block, streams, input_ids, context, state)
-        return self._compress(layer, block, streams, input_ids, context)
-
-    def _reverse(
-        self,
-        layer: int,
-        block: Block,
-        streams: tuple[Tensor, ...],
-        input_ids: Tensor | None,
-        context: SequenceContext,
-    ) -> BlockResult:
-        plans = self.memory.plans
-        first = layer == 0 or plans[layer - 1] != "reverse"
-        if first:
-            passes = self.memory.settings.reversible_iters
-            self.segments.append(([], SegmentRun(max_passes=passes)))
-        layers, segment = self.segments[-1]
-        layers.append(layer)
-        run = BlockRun(
-            block=block,
-            input_ids=input_ids,
-            context=context,
-            segment=segment,
-            first=first,
-            last=layer + 1 == len(plans) or plans[layer + 1] != "reverse",
-            meter=SavedMeter(lambda tensor: self._is_shared(tensor, context)),
-        )
-        outputs, aux = run.apply(streams)
-        return outputs, aux, None
-
-    def _compress(
-        self,
-        layer: int,
-        block: Block,
-        streams: tuple[Tensor, ...],
-        input_ids: Tensor | None,
-        context: SequenceContext,
-    ) -> BlockResult:
-        if self._measures:
-            self._measure(layer, block, streams, input_ids, context)
-        tensors = self._block_tensors(layer, block, streams, context)
-        with tensors.hooks():
-            result = self.run_block(block, streams, input_ids, context, None)
-        tensors.finish()
-        return result
-
-    def _block_tensors(
-        self, layer: int, block: Block, streams: tuple[Tensor, ...], context: SequenceContext
-    ) -> BlockTensors:
-        return BlockTensors(
-            self.memory.book,
-            layer=layer,
-            is_shared=lambda tensor: self._is_shared(tensor, context),
-            weight_forms=lambda tensor: _weight_forms(block, tensor),
-            stream_elements=streams[0].numel(),
-            generator=self.memory.generator(streams[0].device),
-            tally=self.tally,
-        )
-
-    def _is_shared(self, tensor: Tensor, context: SequenceContext) -> bool:
-        """Whether the tensor's memory belongs to the model, its held codes or this forward."""
-        place = tensor.untyped_storage().data_ptr()
-        if self._tables[0] != len(context.cache):
-            tables = {t.untyped_storage().data_ptr() for t in _inside(context)}
-            self._tables = (len(context.cache), tables)
-        return place in self._owned or place in self._tables[1] or is_held(tensor)
-
-    def _measure(
-        self,
-        layer: int,
-        block: Block,
-        streams: tuple[Tensor, ...],
-        input_ids: Tensor | None,
-        context: SequenceContext,
-    ) -> None:
-        """Add the block's slots to those that share the budget; after the last one, share it."""
-        tensors = self._block_tensors(layer, block, streams, context)
-        inputs = [stream.detach().requires_grad_() for stream in streams]
-        trained = [p for p in block.parameters() if p.requires_grad]
-        buffers = [(buffer, buffer.clone()) for buffer in block.buffers()]
-
-        def forward() -> list[Tensor]:
-            outputs, aux, _ = block(tuple(inputs), input_ids, context)
-            return [*outputs, *aux.values()]
-
-        device = streams[0].device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            found = measure_sensitivity(
-                forward,
-                inputs=[*inputs, *trained],
-                may_round=tensors.may_round,
-                generator=self.memory.generator(device),
-            )
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        for position, (tensor, sensitivity) in found.items():
-            name = f"{layer}.{position}"
-            sizes = {"elements": tensor.numel(), "element_size": tensor.element_size()}
-            self._costs.append(SlotCost(name=name, sensitivity=sensitivity, **sizes))
-        self._fixed_bytes += tensors.fixed_bytes
-        if "compress" not in self.memory.plans[layer + 1 :]:
-            budget = self.memory.settings.byte_budget_mb * 2**20 - self._fixed_bytes
-            self.memory.book.assign(allocate(self._costs, budget_bytes=budget))
-
-
 def _blocks(model: SigmaTrunk) -> list[Block]:
     return [block for block in model.blocks if isinstance(block, Block)]
 
@@ -383,38 +273,3 @@ def _blocks(model: SigmaTrunk) -> list[Block]:
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-
-
-def _inside(value: Any) -> Iterator[Tensor]:
-    """All tensors in a value made of containers and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _inside(tuple(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _inside(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _inside(tuple(getattr(value, f.name) for f in fields(value)))
-
-
-def _weight_forms(block: Block, tensor: Tensor) -> Iterator[Tensor]:
-    """What a saved tensor would be equal to if it were a weight: cast, ternary, joined.
-
-    Layers make such copies for one forward; they are of the weights' size, not of the batch's.
-    """
-    candidates = [(p, 0) for p in block.parameters() if p.dim() > 1]
-    for module in block.modules():
-        if isinstance(module, BitLinear):
-            candidates.append((module.weight, module.group_size))
-        elif isinstance(module, MLA):
-            layers = (module.q_content, module.q_rope, module.kv_down, module.k_rope_up)
-            joined = torch.cat([layer.weight.detach() for layer in layers])
-            candidates.append((joined, layers[0].group_size))
-    for weight, group_size in candidates:
-        if weight.numel() != tensor.numel() or weight.shape[-1] != tensor.shape[-1]:
-            continue
-        weight = weight.detach()
-        codes, scale = ternarize(weight, group_size)
-        for form in (weight, codes, codes * expand_scale(scale, weight.shape[-1], group_size)):
-            yield form.to(tensor.dtype).view(tensor.shape)

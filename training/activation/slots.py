@@ -263,9 +263,7 @@ class BlockTensors:
             slot.coding, slot.calls = "int8", PROBE_INTERVAL
         if slot.coding == "low_rank" and slot.basis is not None:
             if not values.numel() % width and len(slot.basis) == width:
-                return encode_low_rank(
-                    values, basis=slot.basis, bits=4, generator=self._generator
-                )
+                return encode_low_rank(values, basis=slot.basis, bits=4, generator=self._generator)
             slot.coding, slot.calls = "int8", PROBE_INTERVAL
         bits = 4 if slot.coding == "int4" else 8
         packed = encode(values, bits=bits, generator=self._generator)

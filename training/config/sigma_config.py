@@ -19,6 +19,7 @@ from training.config.sections import (
     EmaConfig,
     EvalConfig,
     GenerateConfig,
+    InstantConfig,
     IntegrityConfig,
     ModelConfig,
     OptimConfig,
@@ -42,6 +43,7 @@ class SigmaConfig:
     optim: OptimConfig = section(OptimConfig, title="Optimizer and schedule")
     eval: EvalConfig = section(EvalConfig, title="Evaluation and samples while training")
     precision: PrecisionConfig = section(PrecisionConfig, title="Precision and compilation")
+    instant: InstantConfig = section(InstantConfig, title="INSTANT memory", prefix="instant")
     ema: EmaConfig = section(EmaConfig, title="Weight average", prefix="ema")
     curriculum: CurriculumConfig = section(
         CurriculumConfig, title="Sequence-length curriculum", prefix="curriculum"
@@ -63,6 +65,7 @@ class SigmaConfig:
             part = getattr(self, flag.section)
             setattr(part, flag.field, flag.check(getattr(part, flag.field)))
         self._validate_run()
+        self._validate_instant()
         self._validate_curriculum()
         self._validate_adaptive()
         try:
@@ -82,6 +85,25 @@ class SigmaConfig:
             raise ConfigError("--tokenizer-name must not be empty; the shipped one is assets")
         if self.generate.hidden and self.generate.eval_file:
             raise ConfigError("--hidden and --eval-file exclude each other: give one of them")
+
+    def instant_mode(self) -> str:
+        """`--instant-mode` as it will be: auto is off under torch.compile, which plans memory."""
+        mode = self.instant.mode
+        return "off" if mode == "auto" and self.precision.torch_compile else mode
+
+    def _validate_instant(self) -> None:
+        mode = self.instant.mode
+        if mode in ("reversible", "compress") and self.precision.torch_compile:
+            raise ConfigError(
+                f"--instant-mode {mode} and --torch-compile exclude each other: add "
+                "--no-torch-compile"
+            )
+        if mode == "reversible" and self.model.residual_layout != "two-stream":
+            raise ConfigError("--instant-mode reversible needs --residual-layout two-stream")
+        if mode == "reversible" and self.instant.byte_budget_mb:
+            raise ConfigError(
+                "--instant-byte-budget-mb is for compressed blocks: use --instant-mode compress"
+            )
 
     def _validate_curriculum(self) -> None:
         if not self.curriculum.enabled:

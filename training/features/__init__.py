@@ -4,9 +4,11 @@ from training.features.base import Feature
 from training.features.curriculum import CurriculumFeature
 from training.features.diff_mla import DiffMlaFeature
 from training.features.ema import EmaFeature
+from training.features.instant import InstantFeature
 from training.features.reweighting import AdaptiveSourcesFeature
 
 FEATURES: tuple[type[Feature], ...] = (
+    InstantFeature,
     AdaptiveSourcesFeature,
     CurriculumFeature,
     DiffMlaFeature,

@@ -1,0 +1,16 @@
+"""Models that may be trained: patched by INSTANT, by default so that nothing changes."""
+
+from typing import TypeVar
+
+from torch import nn
+
+from training.instant import InstantSettings, apply_instant
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def trainable(model: Model, **settings) -> Model:
+    """The model in training mode with the INSTANT patch (mode off unless given otherwise)."""
+    apply_instant(model, InstantSettings(**settings))
+    model.train()
+    return model
