@@ -65,8 +65,8 @@ RunBlock = Callable[
 class ActivationMemory(Protocol):
     """Decides what training keeps of the blocks for backward; their values are not its business."""
 
-    def wrap(self, run_block: RunBlock) -> RunBlock:
-        """run_block for one training forward, called for the blocks in order."""
+    def wrap(self, trunk: SigmaTrunk, run_block: RunBlock) -> RunBlock:
+        """run_block for one training forward of trunk, called for its blocks in order."""
         ...
 
 
@@ -131,7 +131,7 @@ class SigmaTrunk(nn.Module):
         run_block: RunBlock = self._run_block
         differentiates = self.training and torch.is_grad_enabled() and not context.use_cache
         if self.activation_memory is not None and differentiates:
-            run_block = self.activation_memory.wrap(run_block)
+            run_block = self.activation_memory.wrap(self, run_block)
         for layer, block in enumerate(self.blocks):
             before = None if state is None else state.blocks[layer]
             streams, losses, after = run_block(block, streams, input_ids, context, before)

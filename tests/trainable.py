@@ -9,8 +9,7 @@ from training.instant import InstantSettings, apply_instant
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def trainable(model: Model, **settings) -> Model:
-    """The model in training mode with the INSTANT patch (mode off unless given otherwise)."""
+def patched(model: Model, **settings) -> Model:
+    """The model with the INSTANT patch (mode off unless given otherwise)."""
     apply_instant(model, InstantSettings(**settings))
-    model.train()
     return model

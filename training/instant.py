@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -100,19 +99,19 @@ class InstantMemory:
             )
         )
         self.num_forwards = 0
-        self._model_tensors: Callable[[], Iterator[Tensor]] = lambda: _tensors(model)
         self._forwards: deque[InstantForward] = deque(maxlen=_KEPT_FORWARDS)
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = settings.seed
         self._begun: tuple[int, dict[str, Any]] | None = None
 
-    def wrap(self, run_block: RunBlock) -> RunBlock:
-        """run_block for one training forward; see model.sigma_llm.ActivationMemory."""
+    def wrap(self, trunk: SigmaTrunk, run_block: RunBlock) -> RunBlock:
+        """run_block for one training forward of trunk; see model.sigma_llm.ActivationMemory."""
         if all(plan == "keep" for plan in self.plans):
             return run_block
         due = self.num_forwards % BUDGET_INTERVAL == 0
         budget = self.settings.byte_budget_mb * 2**20 if due else 0
-        self._forwards.append(InstantForward(self, run_block, budget_bytes=budget))
+        owned = {t.untyped_storage().data_ptr() for t in (*trunk.parameters(), *trunk.buffers())}
+        self._forwards.append(InstantForward(self, run_block, owned=owned, budget_bytes=budget))
         self.num_forwards += 1
         return self._forwards[-1]
 
@@ -130,10 +129,6 @@ class InstantMemory:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
-
-    def storages(self) -> set[int]:
-        """Memory of parameters and buffers."""
-        return {tensor.untyped_storage().data_ptr() for tensor in self._model_tensors()}
 
     @property
     def max_passes(self) -> int:
@@ -268,8 +263,3 @@ def check_inversion(model: nn.Module, *, seed: int = 0, length: int = 64) -> flo
 
 def _blocks(model: SigmaTrunk) -> list[Block]:
     return [block for block in model.blocks if isinstance(block, Block)]
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()

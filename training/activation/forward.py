@@ -35,18 +35,22 @@ class Memory(Protocol):
 
     def generator(self, device: torch.device) -> torch.Generator: ...
 
-    def storages(self) -> set[int]: ...
-
 
 class InstantForward:
-    """run_block of one forward. budget_bytes: shared out by measured sensitivity; 0 = none."""
+    """run_block of one forward.
 
-    def __init__(self, memory: Memory, run_block: RunBlock, *, budget_bytes: int = 0) -> None:
+    owned: addresses of parameters and buffers. budget_bytes: to be shared out by measured
+    sensitivity; 0 = that is done.
+    """
+
+    def __init__(
+        self, memory: Memory, run_block: RunBlock, *, owned: set[int], budget_bytes: int = 0
+    ) -> None:
         self.memory, self.run_block = memory, run_block
         self.layer = 0
         self.tally = Tally()
         self.segments: list[tuple[list[int], SegmentRun]] = []
-        self._owned = memory.storages()
+        self._owned = owned
         self._tables: tuple[int, set[int]] = (-1, set())
         self._costs: list[SlotCost] = []
         self._fixed_bytes = 0
