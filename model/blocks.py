@@ -74,17 +74,35 @@ class Block(nn.Module):
         read, write = (streams[-1], streams[0]) if self.two_stream else (streams[0], streams[0])
         memory_state = None
         if self.engram is not None:
-            if input_ids is None:
-                raise ValueError("an Engram model needs input_ids; inputs_embeds is not enough")
-            memory, memory_state = self.engram(write, input_ids, context, state=state.engram)
-            read = read + self._drop(memory)
+            memory, memory_state = self.recall(write, input_ids, context, state=state)
+            read = read + memory
             write = write if self.two_stream else read
-        mixed, mixer_state = self.mixer(self.mixer_norm(read), context, state=state.mixer)
-        write = write + self._drop(mixed)
-        fed, aux = self.ffn(self.ffn_norm(write), context)
-        streams = (write, read + self._drop(fed)) if self.two_stream else (write + self._drop(fed),)
+        mixed, mixer_state = self.mix(read, context, state=state)
+        write = write + mixed
+        fed, aux = self.feed(write, context)
+        streams = (write, read + fed) if self.two_stream else (write + fed,)
         new_state = BlockState(mixer_state, memory_state) if context.use_cache else None
         return streams, aux, new_state
+
+    def recall(
+        self, x: Tensor, input_ids: Tensor | None, context: SequenceContext, *, state: BlockState
+    ) -> tuple[Tensor, EngramState | None]:
+        """What the n-gram memory adds to the stream that the mixer reads, and its new state."""
+        if input_ids is None:
+            raise ValueError("an Engram model needs input_ids; inputs_embeds is not enough")
+        assert self.engram is not None
+        memory, new_state = self.engram(x, input_ids, context, state=state.engram)
+        return self._drop(memory), new_state
+
+    def mix(self, x: Tensor, context: SequenceContext, *, state: BlockState) -> tuple[Tensor, Any]:
+        """What the mixer, reading x (B, T, D), adds to a stream, and its new state."""
+        mixed, new_state = self.mixer(self.mixer_norm(x), context, state=state.mixer)
+        return self._drop(mixed), new_state
+
+    def feed(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the feed-forward network, reading x (B, T, D), adds to a stream; aux losses."""
+        fed, aux = self.ffn(self.ffn_norm(x), context)
+        return self._drop(fed), aux
 
     def _drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch

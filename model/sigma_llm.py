@@ -7,9 +7,10 @@ apart (model/hf.py); here the head is added to it, so parameter names have no pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,20 @@ class SigmaOutput:
     state: SigmaState | None = None
 
 
+BlockResult = tuple[tuple[Tensor, ...], dict[str, Tensor], BlockState | None]
+RunBlock = Callable[
+    [nn.Module, tuple[Tensor, ...], Tensor | None, SequenceContext, BlockState | None], BlockResult
+]
+
+
+class ActivationMemory(Protocol):
+    """Decides what training keeps of the blocks for backward; their values are not its business."""
+
+    def wrap(self, trunk: SigmaTrunk, run_block: RunBlock) -> RunBlock:
+        """run_block for one training forward of trunk, called for its blocks in order."""
+        ...
+
+
 class SigmaTrunk(nn.Module):
     """Embedding, blocks and final norm."""
 
@@ -70,6 +85,7 @@ class SigmaTrunk(nn.Module):
         )
         self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.gradient_checkpointing = False  # True: recompute blocks in backward
+        self.activation_memory: ActivationMemory | None = None  # see training/instant.py
 
     def initial_state(self, batch_size: int) -> SigmaState:
         """State of rows that have not started."""
@@ -113,9 +129,13 @@ class SigmaTrunk(nn.Module):
         streams: tuple[Tensor, ...] = (x, x) if self.two_stream else (x,)
         aux: dict[str, Tensor] = {}
         block_states: list[BlockState] = []
+        run_block: RunBlock = self._run_block
+        differentiates = self.training and torch.is_grad_enabled() and not context.use_cache
+        if self.activation_memory is not None and differentiates:
+            run_block = self.activation_memory.wrap(self, run_block)
         for layer, block in enumerate(self.blocks):
             before = None if state is None else state.blocks[layer]
-            streams, losses, after = self._run_block(block, streams, input_ids, context, before)
+            streams, losses, after = run_block(block, streams, input_ids, context, before)
             for name, value in losses.items():
                 aux[name] = aux[name] + value if name in aux else value
             if after is not None:
@@ -131,7 +151,7 @@ class SigmaTrunk(nn.Module):
         input_ids: Tensor | None,
         context: SequenceContext,
         state: BlockState | None,
-    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor], BlockState | None]:
+    ) -> BlockResult:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, streams, input_ids, context, state=state, use_reentrant=False)
         return block(streams, input_ids, context, state=state)
@@ -195,8 +215,14 @@ class SigmaLLM(SigmaTrunk):
 
         labels (B, T) are already shifted (labels[t] is the target of input t, -100 ignored) and
         give `loss`. Logits are formed without labels, or for the last `num_logits_to_keep`
-        positions when that is positive; 0 means all of them.
+        positions when that is positive; 0 means all of them. A training forward with gradients
+        is a RuntimeError until it is settled what backward keeps (INSTANT, in any mode).
         """
+        if self.activation_memory is None and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a training forward needs the INSTANT patch: call training.instant.apply_instant "
+                "(model) first (mode off changes nothing), or model.eval()"
+            )
         hidden, aux, new_state = self.run(
             input_ids,
             reset_mask=reset_mask,

@@ -113,7 +113,10 @@ class _LoopProducts:
         return rows @ weight[expert]
 
     def add_outer(self, total: Tensor, left: Tensor, right: Tensor, expert: int) -> None:
-        total[expert].addmm_(left.mT, right)
+        if left.dtype == total.dtype:
+            total[expert].addmm_(left.mT, right)
+        else:  # 16-bit products into an fp32 sum
+            total[expert].add_(left.mT @ right)
 
     def row_scale(self, scale: Tensor, expert: int) -> Tensor:
         return scale[expert]

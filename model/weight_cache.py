@@ -31,6 +31,7 @@ class TernaryCache:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[object, ...], _Entry] = {}
+        self._storages: set[int] | None = None
         self.hits = 0
         self.invalidations = 0
 
@@ -57,7 +58,16 @@ class TernaryCache:
         self.invalidations += entry is not None
         value = compute()
         self._entries[key] = _Entry(weights=weights, versions=versions, value=value)
+        self._storages = None
         return value
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor's memory is what this cache keeps anyway."""
+        if self._storages is None:
+            values = (entry.value for entry in self._entries.values())
+            tensors = (t for v in values for t in (v if isinstance(v, tuple) else (v,)))
+            self._storages = {t.untyped_storage().data_ptr() for t in tensors}
+        return tensor.untyped_storage().data_ptr() in self._storages
 
 
 _ACTIVE: ContextVar[TernaryCache | None] = ContextVar("ternary_cache", default=None)
@@ -75,3 +85,9 @@ def cached(
     if cache is None or not all(isinstance(weight, nn.Parameter) for weight in weights):
         return compute()
     return cache.get(name, weights, setting, compute)
+
+
+def is_held(tensor: Tensor) -> bool:
+    """Whether the present `held()` block, if there is one, keeps the tensor's memory."""
+    cache = _ACTIVE.get()
+    return cache is not None and cache.holds(tensor)

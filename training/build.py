@@ -24,6 +24,7 @@ from training.features import FEATURES
 from training.features.base import Feature, FeatureSet
 from training.hidden_eval import choose_questions, read_manifest
 from training.hidden_process import HiddenEvalProcess, program_command
+from training.instant import apply_instant
 from training.integrity_guards import IntegrityGuards, SourceGuard, check_steps
 from training.micro_batch import MicroBatchPlan
 from training.optimizer import OptimizerSet, state_settings
@@ -111,6 +112,7 @@ def build_stream(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus)
 def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:
     model = SigmaLLM(config.model_config(tokenizer.vocab_size), seed=config.run.seed)
     model.use_kernels(config.precision.kernel_backend)
+    apply_instant(model)  # keeps everything, until the feature says otherwise
     return model.to(device)
 
 

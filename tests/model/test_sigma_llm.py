@@ -12,6 +12,7 @@ from model.config import SigmaModelConfig
 from model.moe import MoE
 from model.sequence import SequenceContext
 from model.sigma_llm import SigmaLLM
+from tests.trainable import patched
 
 VOCAB = 61
 KINDS = {
@@ -46,7 +47,7 @@ def make_config(**changes) -> SigmaModelConfig:
 
 
 def make_model(*, seed: int = 0, **changes) -> SigmaLLM:
-    return SigmaLLM(make_config(**changes), seed=seed)
+    return patched(SigmaLLM(make_config(**changes), seed=seed))
 
 
 def make_ids(batch: int, length: int, *, seed: int = 1) -> torch.Tensor:

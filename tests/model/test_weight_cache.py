@@ -11,6 +11,7 @@ from model.config import SigmaModelConfig
 from model.generation import generate
 from model.sigma_llm import SigmaLLM
 from model.weight_cache import TernaryCache
+from tests.trainable import patched
 from training.optim.adamuon import AdaMuon
 from training.optim.adamw import AdamW
 from training.optim.galore_lion import GaloreLion
@@ -65,7 +66,7 @@ def small_model(seed=0):
         **{"mamba_head_dim": 16, "mamba_d_state": 8, "mamba_chunk_len": 8, "mimo_rank": 2},
         **{"d_ff": 48, "n_routed_experts": 4, "router_jitter_noise": 0.0},
     )
-    return SigmaLLM(config, seed=seed)
+    return patched(SigmaLLM(config, seed=seed))
 
 
 def tokens(seed, rows=2, length=12):

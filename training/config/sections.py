@@ -253,6 +253,32 @@ class PerfConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class InstantConfig:
+    mode: str = flag(
+        "auto",
+        "Activation memory: auto = reverse Mamba blocks and compress the others (off with "
+        "--torch-compile); reversible, compress: all blocks; off.",
+        choices=("auto", "reversible", "compress", "off"),
+    )
+    comp_dim: int = flag(
+        64, "Rank of the low-rank part of compressed tensors; 0 = none.", minimum=0, maximum=4096
+    )
+    error_threshold: float = flag(
+        0.01, "Relative error above which a compressed tensor takes 8 bits.", minimum=0.0
+    )
+    reversible_iters: int = flag(
+        8, "Cap of the passes that correct an inverse; 2 are exact.", minimum=1, maximum=64
+    )
+    byte_budget_mb: int = flag(
+        0,
+        "MiB per micro-batch that compressed blocks may keep, bits by measured sensitivity; "
+        "0 = bits by the error threshold.",
+        minimum=0,
+        maximum=2**20,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
 class EmaConfig:
     enabled: bool = flag(False, "Keep an exponential moving average of the weights.")
     decay: float = flag(0.997, "Decay per step.", above=0.0, below=1.0)

@@ -20,6 +20,7 @@ from training.config.sections import (
     EmaConfig,
     EvalConfig,
     GenerateConfig,
+    InstantConfig,
     IntegrityConfig,
     ModelConfig,
     OptimConfig,
@@ -51,6 +52,7 @@ class SigmaConfig:
     eval: EvalConfig = section(EvalConfig, title="Evaluation and samples while training")
     precision: PrecisionConfig = section(PrecisionConfig, title="Precision and compilation")
     perf: PerfConfig = section(PerfConfig, title="Performance window")
+    instant: InstantConfig = section(InstantConfig, title="INSTANT memory", prefix="instant")
     ema: EmaConfig = section(EmaConfig, title="Weight average", prefix="ema")
     curriculum: CurriculumConfig = section(
         CurriculumConfig, title="Sequence-length curriculum", prefix="curriculum"
@@ -74,6 +76,7 @@ class SigmaConfig:
         self._validate_run()
         self._validate_optim()
         self._validate_credit()
+        self._validate_instant()
         self._validate_curriculum()
         self._validate_adaptive()
         self._validate_perf()
@@ -120,6 +123,25 @@ class SigmaConfig:
             raise ConfigError(
                 f"{flag} needs probe text held out of the training text, which "
                 f"--data-backend embedded has; use that, or --no-{flag[2:]}"
+            )
+
+    def instant_mode(self) -> str:
+        """`--instant-mode` as it will be: auto is off under torch.compile, which plans memory."""
+        mode = self.instant.mode
+        return "off" if mode == "auto" and self.precision.torch_compile else mode
+
+    def _validate_instant(self) -> None:
+        mode = self.instant.mode
+        if mode in ("reversible", "compress") and self.precision.torch_compile:
+            raise ConfigError(
+                f"--instant-mode {mode} and --torch-compile exclude each other: add "
+                "--no-torch-compile"
+            )
+        if mode == "reversible" and self.model.residual_layout != "two-stream":
+            raise ConfigError("--instant-mode reversible needs --residual-layout two-stream")
+        if mode == "reversible" and self.instant.byte_budget_mb:
+            raise ConfigError(
+                "--instant-byte-budget-mb is for compressed blocks: use --instant-mode compress"
             )
 
     def _validate_curriculum(self) -> None:

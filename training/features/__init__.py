@@ -5,9 +5,11 @@ from training.features.c3o_credit import C3oCreditFeature
 from training.features.curriculum import CurriculumFeature
 from training.features.diff_mla import DiffMlaFeature
 from training.features.ema import EmaFeature
+from training.features.instant import InstantFeature
 from training.features.reweighting import AdaptiveSourcesFeature
 
 FEATURES: tuple[type[Feature], ...] = (
+    InstantFeature,
     AdaptiveSourcesFeature,
     C3oCreditFeature,
     CurriculumFeature,

@@ -26,6 +26,8 @@ from training.build import (
     compile_model,
 )
 from training.config.sigma_config import SigmaConfig
+from training.features.instant import instant_settings
+from training.instant import apply_instant, instant_memory
 from training.runtime.directories import free_bytes
 from training.runtime.environment import GIB, EnvironmentProblem, configure_threads, resolve_device
 
@@ -86,12 +88,14 @@ def measure(config: SigmaConfig, device: torch.device) -> Plan:
     """Build, warm up with one step that also counts activations, then time three steps."""
     tokenizer = build_tokenizer(config)
     model = build_model(config, tokenizer, device).train()
+    apply_instant(model, instant_settings(config))
     optimizer = build_optimizer(config, model)
     stepper = _Stepper(config, model=model, optimizer=optimizer, device=device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with SavedTensors(model) as saved:
         stepper.forward_backward()
+    compressed = instant_memory(model).finish_step().compressed_bytes
     gradient_bytes = sum(_size(p.grad) for p in model.parameters() if p.grad is not None)
     stepper.update()
     times = [(stepper.forward_backward(), stepper.update()) for _ in range(MEASURED_STEPS)]
@@ -112,7 +116,7 @@ def measure(config: SigmaConfig, device: torch.device) -> Plan:
         gradient_bytes=gradient_bytes,
         optimizer_bytes=moments,
         average_bytes=average,
-        activation_bytes=saved.num_bytes,
+        activation_bytes=saved.num_bytes + compressed,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         micro_step_s=micro,
         optimizer_step_s=update,

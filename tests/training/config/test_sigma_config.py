@@ -173,3 +173,21 @@ def test_curriculum_boundaries_are_increasing_fractions():
     assert SigmaConfig().curriculum.boundaries() == (0.15, 0.40)
     parse_args(["--curriculum-enabled", "--seq-len", "512"])
     parse_args(["--no-curriculum-enabled", "--curriculum-phases", "nonsense"])
+
+
+def test_instant_and_the_compiler_exclude_each_other():
+    for mode in ("reversible", "compress"):
+        with pytest.raises(ConfigError, match=r"--instant-mode.*--no-torch-compile"):
+            parse_args(["--instant-mode", mode, "--torch-compile"])
+        assert parse_args(["--instant-mode", mode, "--no-torch-compile"]).instant_mode() == mode
+    assert parse_args(["--torch-compile"]).instant_mode() == "off"
+    assert parse_args(["--no-torch-compile"]).instant_mode() == "auto"
+
+
+def test_instant_settings_that_contradict_each_other():
+    for flags, match in (
+        (("--residual-layout", "standard"), "--residual-layout two-stream"),
+        (("--instant-byte-budget-mb", "5"), "--instant-mode compress"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            parse_args(["--no-torch-compile", "--instant-mode", "reversible", *flags])

@@ -1,0 +1,1 @@
+"""What backward keeps of activations: codes, slots of saved tensors, exact inversion."""

@@ -1,0 +1,181 @@
+"""Saved activations as 4- or 8-bit codes, unbiased by stochastic rounding.
+
+Groups of 64 neighbours share an offset and a step, so that one outlier costs 64 numbers their
+precision and no more. Offset and step span the group's own range instead of a range around zero:
+a decoded value never leaves the hull of its group, so positive numbers stay positive where a
+backward formula divides by them. Both are bf16, rounded so that the hull is never cut, which is
+what keeps stochastic rounding unbiased: E[decode(encode(x))] = x.
+
+A matrix may first be split into its part in a low-rank basis, kept in bf16, and a remainder with a
+smaller range, which is what the codes then hold. Numbers that are small integers already (the int8
+codes of ternary layers) are kept as such, without loss.
+
+Sources: ActNN 2104.14129, GACT 2206.11357 (group-wise stochastic codes); CompAct 2410.15352 and
+INSTANT (OpenReview P2q6Y7UweV) for projections of activations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+_BLOCK = 2**18  # numbers coded at once: what stays in a core's cache
+_MIN_STEP = 1e-30
+_BF16_SLACK = 2.0**-8  # twice bf16's rounding error
+
+
+class Codes(NamedTuple):
+    """Numbers as unsigned codes: value = low + code * step of the number's group.
+
+    codes: uint8, one per number, or two in a byte for 4 bits; low, step: (groups,) bf16.
+    """
+
+    codes: Tensor
+    low: Tensor
+    step: Tensor
+    bits: int
+    size: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(_bytes(part) for part in (self.codes, self.low, self.step))
+
+    def decode(self) -> Tensor:
+        """The numbers (size,) in their first dtype."""
+        result = torch.empty(self.low.numel(), GROUP, dtype=self.dtype, device=self.low.device)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        rows = max(1, _BLOCK // GROUP)
+        packed = self.codes.view(self.low.numel(), -1)
+        for start in range(0, len(packed), rows):
+            part = slice(start, start + rows)
+            codes = packed[part]
+            if self.bits == 4:
+                codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+            values = codes.to(wide).mul_(self.step[part].to(wide).unsqueeze(1))
+            result[part] = values.add_(self.low[part].to(wide).unsqueeze(1))
+        return result.view(-1)[: self.size]
+
+
+class Integers(NamedTuple):
+    """Numbers that are integer multiples of `unit` up to 127, exactly."""
+
+    codes: Tensor
+    unit: float
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return _bytes(self.codes)
+
+    def decode(self) -> Tensor:
+        values = self.codes.to(self.dtype)
+        return values if self.unit == 1.0 else values.mul_(self.unit)
+
+
+class LowRank(NamedTuple):
+    """A (rows, D) ~ parts @ basis^T + the decoded remainder; the basis (D, r) is shared."""
+
+    parts: Tensor
+    basis: Tensor
+    rest: Codes
+
+    @property
+    def num_bytes(self) -> int:
+        return _bytes(self.parts) + self.rest.num_bytes
+
+    def decode(self) -> Tensor:
+        wide = self.basis.dtype
+        values = self.rest.decode().to(wide).view(-1, len(self.basis))
+        return values.addmm_(self.parts.to(wide), self.basis.mT).view(-1).to(self.rest.dtype)
+
+
+Packed = Codes | Integers | LowRank
+
+
+def encode(values: Tensor, *, bits: int, generator: torch.Generator) -> Codes:
+    """Codes of `bits` (4 or 8) for values (n,) of a floating type.
+
+    generator: on the values' device; four draws take one 64-bit number of it.
+    """
+    size, levels = values.numel(), 2**bits - 1
+    groups = -(-size // GROUP)
+    device = values.device
+    codes = torch.empty(groups, GROUP * bits // 8, dtype=torch.uint8, device=device)
+    low = torch.empty(groups, dtype=torch.bfloat16, device=device)
+    step = torch.empty_like(low)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    rows = max(1, _BLOCK // GROUP)
+    for start in range(0, groups, rows):
+        part = values[start * GROUP : (start + rows) * GROUP]
+        if missing := -part.numel() % GROUP:
+            part = torch.cat((part, part[-1:].expand(missing)))
+        part = part.view(-1, GROUP).to(wide)
+        least, most = torch.aminmax(part, dim=1, keepdim=True)
+        floor = (least - least.abs() * _BF16_SLACK).bfloat16()
+        unit = ((most - floor) * ((1.0 + _BF16_SLACK) / levels)).clamp_min_(_MIN_STEP).bfloat16()
+        scaled = (part - floor.to(wide)).div_(unit.to(wide))
+        whole = scaled.add_(uniform(scaled.shape, generator=generator)).to(torch.uint8)
+        if bits == 4:
+            whole = whole[:, 0::2] | (whole[:, 1::2] << 4)
+        block = slice(start, start + len(part))
+        codes[block], low[block], step[block] = whole, floor.squeeze(1), unit.squeeze(1)
+    return Codes(codes.view(-1), low, step, bits, size, values.dtype)
+
+
+def encode_low_rank(
+    values: Tensor, *, basis: Tensor, bits: int, generator: torch.Generator
+) -> LowRank:
+    """values (n,), n a multiple of D, by their part in the orthonormal basis (D, r) and the rest.
+
+    The rest is taken from the rounded part, so that nothing is lost but by its own codes.
+    """
+    matrix = values.view(-1, len(basis)).to(basis.dtype)
+    parts = (matrix @ basis).bfloat16()
+    rest = torch.addmm(matrix, parts.to(basis.dtype), basis.mT, alpha=-1.0)
+    codes = encode(rest.view(-1).to(values.dtype), bits=bits, generator=generator)
+    return LowRank(parts, basis, codes)
+
+
+def find_basis(matrix: Tensor, *, rank: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal (D, rank) fp32 that holds most of the rows of matrix (rows, D).
+
+    One subspace iteration from random directions, on at most 4,096 evenly spaced rows.
+    """
+    rows = matrix[:: max(1, len(matrix) // 4096)].float()
+    start = torch.randn(rows.shape[1], rank, generator=generator, device=rows.device)
+    basis = torch.linalg.qr(rows.mT @ (rows @ start)).Q
+    return torch.linalg.qr(rows.mT @ (rows @ basis)).Q
+
+
+def as_integers(values: Tensor) -> Integers | None:
+    """values (n,) exactly, when all are integers up to 127 (or, in 16-bit types, 128ths)."""
+    units = (1.0, 1.0 / 128.0) if values.dtype.itemsize == 2 else (1.0,)
+    for unit in units:
+        scaled = values if unit == 1.0 else values / unit
+        codes = scaled.to(torch.int8)
+        if torch.equal(codes.to(values.dtype), scaled):
+            return Integers(codes, unit, values.dtype)
+    return None
+
+
+def uniform(shape: torch.Size, *, generator: torch.Generator) -> Tensor:
+    """fp32 numbers in [0, 1) on a grid of 2^-16, four from every 64-bit draw."""
+    size = shape.numel()
+    draws = torch.empty(-(-size // 4), dtype=torch.int64, device=generator.device)
+    draws.random_(-(2**63), None, generator=generator)
+    return draws.view(torch.int16)[:size].float().mul_(2.0**-16).add_(0.5).view(shape)
+
+
+def relative_error(packed: Packed, values: Tensor) -> float:
+    """||decode - values|| / ||values||, 0 for all-zero values; waits for the device."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    gap = (packed.decode().to(wide) - values.to(wide)).norm()
+    return float(gap / values.to(wide).norm().clamp_min(1e-30))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
