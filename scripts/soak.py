@@ -220,7 +220,7 @@ def run_suite(name: str, *, wanted: int, minutes: float, seed: int) -> dict[str,
         suite(trials)
     return {
         "suite": name,
-        "what": (suite.__doc__ or "").strip(),
+        "what": " ".join((suite.__doc__ or "").split()),
         "seed": seed,
         "trials": trials.done,
         "trials_wanted": wanted,
