@@ -2,8 +2,8 @@
 
     python scripts/ablate_sources.py --seeds 1 2 3 --output bench/results/adaptive_sources_cpu.json
 
-Three sources with equal weights: `noise` (letters drawn at random: nothing to learn once their
-frequencies are known), `easy` (one short template, learned in a few steps), `hard` (documentation
+Three sources with equal weights: `noise` (words drawn at random from a list: nothing to learn once
+the list is known), `easy` (one short template, learned in a few steps), `hard` (documentation
 and books: learned slowly, but learned). Arms, equal in tokens, seeds and everything else: weights
 as asked for, by progress, by excess over a reference run, by raw loss, and progress with the
 signals dealt to the wrong sources. Reported: factors over the second half of each run, shares of
@@ -13,14 +13,17 @@ the tokens, and bits per byte of text of each source that no run has read.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,10 @@ from training.data import text_batches
 from training.evaluation import evaluate_bpb
 from training.sources.base import split_of
 from training.sources.embedded import EmbeddedCorpus
+from training.tokenizer import Tokenizer
 
 SOURCES = ("noise", "easy", "hard")
+NOISE_WORDS = 512
 DOCUMENTS = 900
 CHARACTERS = 1800  # of a document
 HELD_OUT_CHARACTERS = 40_000
@@ -54,12 +59,12 @@ FLAGS = """
 --d-model 64 --n-heads 2 --n-layers 2 --mamba-ratio 1 --attention-ratio 1 --kv-latent-dim 16
 --rope-dim 8 --mamba-head-dim 32 --mamba-d-state 16 --mamba-chunk-len 32 --mimo-rank 1
 --d-ff 128 --n-routed-experts 0 --no-rib-router-enabled
---seq-len 64 --batch-size 8 --optimizer muon --lr 0.02 --adam-lr 0.02 --gn-ns-steps 3
+--seq-len 64 --batch-size 16 --optimizer muon --lr 0.02 --adam-lr 0.02 --gn-ns-steps 3
 --warmup-steps 20 --warmdown-fraction 0.6 --log-interval 10 --save-interval 100000
 --max-checkpoints 2 --eval-interval 0 --sample-interval 0 --integrity-hidden-eval-every 0
 --data-backend local --spool-max-mb 0 --dedup-window-size 0 --near-dedup-window 0
 --no-quality-filter --no-contamination-check --source-read-timeout-sec 600 --num-workers 0
---stream-shuffle-buffer 64 --aux-adaptive-interval-tokens 16384 --aux-adaptive-smoothing 0.8
+--stream-shuffle-buffer 64 --aux-adaptive-interval-tokens 65536 --aux-adaptive-smoothing 0.5
 """
 
 
@@ -95,7 +100,11 @@ def source_texts(name: str) -> tuple[list[str], str]:
 
 
 def noise(generator: np.random.Generator) -> str:
-    return "".join(generator.choice(list("abcdefghijklmnopqrstuvwxyz    "), CHARACTERS))
+    """Words that are one token each, so that nothing within a word is left to learn."""
+    tokenizer = Tokenizer.from_name("assets-4k")
+    pieces = (tokenizer.decode([number]) for number in range(tokenizer.vocab_size))
+    words = [piece[1:] for piece in pieces if re.fullmatch(" [a-z]{3,}", piece)]
+    return " " + " ".join(generator.choice(words[:NOISE_WORDS], CHARACTERS // 6))
 
 
 def template(generator: np.random.Generator) -> str:
@@ -127,8 +136,15 @@ def run_arm(
     return result
 
 
-def run_seed(seed: int, *, steps: int, home: Path) -> dict[str, dict[str, Any]]:
+def run_seed(seed: int, *, steps: int) -> dict[str, dict[str, Any]]:
     """All arms with one seed; the reference of `excess` is the run with the weights asked for."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory(prefix="sigma_sources_") as directory:
+        return _run_arms(Path(directory), seed=seed, steps=steps)
+
+
+def _run_arms(home: Path, *, seed: int, steps: int) -> dict[str, dict[str, Any]]:
     source_list, held_out = write_sources(home)
     results: dict[str, dict[str, Any]] = {}
     for number, (name, flags) in enumerate(ARMS.items()):
@@ -153,9 +169,7 @@ def summary(runs: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
             for figure in ("factor", "share", "held_out_bpb")
         }
         table[arm]["hard_bpb_below_as_asked_for"] = [
-            round(
-                run["as asked for"]["held_out_bpb"]["hard"] - run[arm]["held_out_bpb"]["hard"], 4
-            )
+            round(run["as asked for"]["held_out_bpb"]["hard"] - run[arm]["held_out_bpb"]["hard"], 4)
             for run in runs.values()
         ]
     return table
@@ -164,19 +178,17 @@ def summary(runs: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
     start = time.monotonic()
-    runs: dict[int, dict[str, dict[str, Any]]] = {}
-    for seed in options.seeds:
-        with tempfile.TemporaryDirectory(prefix="sigma_sources_") as home:
-            runs[seed] = run_seed(seed, steps=options.steps, home=Path(home))
+    run = functools.partial(run_seed, steps=options.steps)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        runs = dict(zip(options.seeds, pool.map(run, options.seeds), strict=True))
     report = {
         "what": "adaptive mixture over planted sources with equal weights, "
-        f"{options.steps} steps of 512 tokens; factors over the second half of a run",
+        f"{options.steps} steps of 1,024 tokens; factors over the second half of a run",
         "arms": summary(runs),
         "runs": {str(seed): run for seed, run in runs.items()},
         "seconds": round(time.monotonic() - start),

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from scripts.hidden_items import GENERATOR_VERSION, Draw, HiddenItem, generate_items
+from training.contamination import passages_of
 from training.hidden_eval import (
     DEFAULT_MANIFEST,
     HiddenManifest,
@@ -23,7 +24,6 @@ from training.hidden_eval import (
     decode_manifest,
     encode_manifest,
 )
-from training.ngrams import index_of
 
 NUM_QUESTIONS = 400
 SEED_BYTES = 32
@@ -40,7 +40,7 @@ def build_manifest(seed: bytes, *, num_questions: int = NUM_QUESTIONS) -> Hidden
         seed_commitment=hashlib.sha256(seed).hexdigest(),
         questions=tuple(_seal(item, salt=salts.salt()) for item in items),
         # Over all choices alike, or the index would tell which of them is the true one.
-        passages=index_of(item.prompt + choice for item in items for choice in item.choices),
+        passages=passages_of(item.prompt + choice for item in items for choice in item.choices),
     )
 
 

