@@ -86,11 +86,11 @@ def test_text_of_an_evaluation_is_left_out_counted_and_reported(folder, tmp_path
     for name, planted in (("q", question), ("h", held_out), ("e", exam.read_text()[70:300])):
         text = f"Before it. {planted} And after it stands some more."
         (own / f"planted-{name}.txt").write_text(text, encoding="utf-8")
-    more = ("--steps", "50", "--eval-file", str(exam), "--source-max-epochs", "2",
+    more = ("--steps", "50", "--eval-file", str(exam),
             "--num-workers", "0", "--stream-shuffle-buffer", "8")  # fmt: skip
     train(flags(own, tmp_path / "run", *more))
     last = metrics_rows(tmp_path / "run")[-1]
-    assert last["data_contaminated"] in (3, 6)  # one pass over the files, or two
+    assert last["data_contaminated"] in (3, 6, 9)  # in every pass over the files
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
     assert f"{last['data_contaminated']} that hold text of an evaluation" in page
     train(flags(own, tmp_path / "off", *more, "--no-contamination-check"))
