@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 from scripts.hidden_items import GENERATOR_VERSION, Draw, HiddenItem, generate_items
-from training.contamination import passages_of
 from training.hidden_eval import (
     DEFAULT_MANIFEST,
     HiddenManifest,
@@ -24,6 +23,7 @@ from training.hidden_eval import (
     decode_manifest,
     encode_manifest,
 )
+from training.stream.contamination import passages_of
 
 NUM_QUESTIONS = 400
 SEED_BYTES = 32

@@ -18,7 +18,6 @@ from model.generation import generate
 from model.sigma_llm import SigmaLLM
 from training.config.cli import load_json, write_resolved
 from training.config.sigma_config import ConfigError, SigmaConfig
-from training.contamination import ContaminationIndex
 from training.data import TokenCorpus, TokenStream, tokenize_corpus, validation_batches
 from training.evaluation import EvalResult, evaluate_bpb, read_eval_file
 from training.features import FEATURES
@@ -57,6 +56,7 @@ from training.sigma_trainer import SigmaTrainer
 from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte
 from training.sources.registry import source_specs
 from training.stream.batch import BatchStream
+from training.stream.contamination import ContaminationIndex
 from training.stream.open_stream import deciding_flags, open_stream
 from training.tokenizer import Tokenizer
 

@@ -32,7 +32,7 @@ from torch import nn
 
 from training.tokenizer import Tokenizer
 
-SCHEMA = 2  # 2: passages are hashed as training text is (training/contamination.py)
+SCHEMA = 2  # 2: passages are hashed as training text is (training/stream/contamination.py)
 DEFAULT_MANIFEST = Path(__file__).with_name("hidden_eval_manifest.json")
 MAX_MANIFEST_BYTES = 8 * 2**20
 FORWARD_TOKENS = 1024  # the logits of one forward: 128 MiB with 32k tokens of vocabulary
@@ -56,7 +56,7 @@ class Question:
 @dataclass(slots=True, kw_only=True, frozen=True)
 class HiddenManifest:
     """The questions in their fixed order, and `passages`: the runs of words in all of them, by
-    which training text is checked (`training.contamination.passages_of`)."""
+    which training text is checked (`training.stream.contamination.passages_of`)."""
 
     generator: str
     seed_commitment: str

@@ -22,7 +22,6 @@ from tests.fakeworld.hub import FakeDataset, FakeHub, make_rows, parquet_bytes
 from tests.fakeworld.server import FakeWorld, Plan
 from tests.training.mixed import digest, take
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
-from training import breaker, open_stream
 from training.build import build_evaluation_index
 from training.config.cli import parse_args
 from training.config.data_sections import StreamConfig
@@ -30,7 +29,8 @@ from training.data import tokenize_corpus
 from training.sources.commoncrawl import CommonCrawlSource
 from training.sources.hub import HubSource
 from training.sources.registry import COSMOPEDIA, FINEWEB, SourceSpec, open_source
-from training.stream import MixedStream
+from training.stream import breaker, open_stream
+from training.stream.mixed_stream import MixedStream
 
 NUM_BATCHES = 60
 SEEDS = 50

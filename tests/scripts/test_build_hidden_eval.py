@@ -8,8 +8,8 @@ import pytest
 from scripts.build_hidden_eval import build_manifest, main
 from scripts.hidden_items import FAMILIES, generate_items
 from tests.training.hidden_models import true_choice
-from training.contamination import ContaminationIndex
 from training.hidden_eval import DEFAULT_MANIFEST, encode_manifest
+from training.stream.contamination import ContaminationIndex
 
 SEED = bytes(range(32))
 

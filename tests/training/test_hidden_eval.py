@@ -11,7 +11,6 @@ from scipy.stats import binomtest
 from model.config import SigmaModelConfig
 from model.sigma_llm import SigmaLLM
 from tests.training.hidden_models import KnowingModel, UnigramModel, true_choice
-from training.contamination import RUN_WORDS, ContaminationIndex
 from training.hidden_eval import (
     DEFAULT_MANIFEST,
     answer_hash,
@@ -24,8 +23,9 @@ from training.hidden_eval import (
     wilson_interval,
 )
 from training.sources.embedded import EmbeddedCorpus
+from training.stream.contamination import RUN_WORDS, ContaminationIndex
+from training.stream.word_hashes import normalize
 from training.tokenizer import Tokenizer
-from training.word_hashes import normalize
 
 TOKENIZER = Tokenizer.from_name("assets-4k")
 MANIFEST = read_manifest("")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from training.config.data_sections import StreamConfig
 from training.config.sigma_config import SigmaConfig
-from training.contamination import ContaminationIndex
 from training.data import TokenCorpus
 from training.sources.base import JSON, SOURCE_IDS
 from training.sources.registry import (
@@ -24,6 +23,7 @@ from training.sources.registry import (
     open_source,
     source_specs,
 )
+from training.stream.contamination import ContaminationIndex
 from training.stream.mixed_stream import MixedStream
 from training.stream.mixture import Mixture
 from training.stream.near_duplicates import NearDuplicateWindow

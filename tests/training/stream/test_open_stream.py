@@ -12,11 +12,11 @@ from tests.training.mixed import digest, take
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
 from training.build import build_evaluation_index
 from training.config.cli import parse_args, write_resolved
-from training.contamination import ContaminationIndex
 from training.data import tokenize_corpus
 from training.modes.data import preview
 from training.runtime.state_tree import join_state, split_state
 from training.sources.embedded import EmbeddedCorpus
+from training.stream.contamination import ContaminationIndex
 from training.stream.open_stream import (
     BEGINNING_LASTS_S,
     deciding_flags,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from training.word_hashes import hash_runs, hash_words, normalize
+from training.stream.word_hashes import hash_runs, hash_words, normalize
 
 RUN_WORDS = 13
 LEAST_WORDS = 8

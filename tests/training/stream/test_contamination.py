@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from training.contamination import ContaminationIndex, passages_of
 from training.sources.base import split_of
 from training.sources.embedded import EmbeddedCorpus
-from training.word_hashes import hash_runs, hash_words, normalize
+from training.stream.contamination import ContaminationIndex, passages_of
+from training.stream.word_hashes import hash_runs, hash_words, normalize
 
 
 @pytest.fixture(scope="module")
