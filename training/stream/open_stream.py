@@ -74,13 +74,6 @@ def open_stream(
     sources = {spec.key: open_source(spec, config=options) for spec in specs}
     workers = worker_count(options.num_workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize") if workers else None
-    settings = ReaderSettings(
-        seed=seed,
-        shard_documents=options.stream_shuffle_buffer,
-        chunk_documents=options.stream_tokenize_batch_size,
-        chunks_in_flight=max(1, options.prefetch_factor * workers),
-        max_epochs=options.source_max_epochs,
-    )
     pipelines = open_pipelines(config, specs, tokenizer=tokenizer, evaluation=evaluation)
     identities = {key: source.identity() for key, source in sources.items()}
     stores = _open_stores(
@@ -96,7 +89,7 @@ def open_stream(
             key=key,
             pipeline=pipelines[key],
             store=stores[key],
-            settings=settings,
+            settings=_reader_settings(config, workers=workers),
             window=_window_factory(options),
             pool=pool,
             threaded=workers > 0,
@@ -176,6 +169,17 @@ def worker_count(asked: int) -> int:
 
 def _digest(evaluation: ContaminationIndex | None) -> str:
     return "" if evaluation is None else evaluation.digest
+
+
+def _reader_settings(config: SigmaConfig, *, workers: int) -> ReaderSettings:
+    options = config.stream
+    return ReaderSettings(
+        seed=config.run.seed,
+        shard_documents=options.stream_shuffle_buffer,
+        chunk_documents=options.stream_tokenize_batch_size,
+        chunks_in_flight=max(1, options.prefetch_factor * workers),
+        max_epochs=options.source_max_epochs,
+    )
 
 
 def _stream_settings(
