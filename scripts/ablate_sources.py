@@ -56,15 +56,15 @@ ARMS = {
 }
 FLAGS = """
 --no-require-cuda --device cpu --no-torch-compile --tokenizer-name assets-4k
---d-model 64 --n-heads 2 --n-layers 2 --mamba-ratio 1 --attention-ratio 1 --kv-latent-dim 16
+--d-model 64 --n-heads 2 --n-layers 2 --mamba-ratio 0 --attention-ratio 1 --kv-latent-dim 16
 --rope-dim 8 --mamba-head-dim 32 --mamba-d-state 16 --mamba-chunk-len 32 --mimo-rank 1
 --d-ff 128 --n-routed-experts 0 --no-rib-router-enabled
---seq-len 64 --batch-size 16 --optimizer muon --lr 0.02 --adam-lr 0.02 --gn-ns-steps 3
+--seq-len 64 --batch-size 8 --optimizer muon --lr 0.02 --adam-lr 0.02 --gn-ns-steps 3
 --warmup-steps 20 --warmdown-fraction 0.6 --log-interval 10 --save-interval 100000
 --max-checkpoints 2 --eval-interval 0 --sample-interval 0 --integrity-hidden-eval-every 0
 --data-backend local --spool-max-mb 0 --dedup-window-size 0 --near-dedup-window 0
 --no-quality-filter --no-contamination-check --source-read-timeout-sec 600 --num-workers 0
---stream-shuffle-buffer 64 --aux-adaptive-interval-tokens 65536 --aux-adaptive-smoothing 0.5
+--stream-shuffle-buffer 64 --aux-adaptive-interval-tokens 32768 --aux-adaptive-smoothing 0.5
 """
 
 
@@ -95,16 +95,20 @@ def source_texts(name: str) -> tuple[list[str], str]:
         documents = [whole[at : at + CHARACTERS] for at in range(0, len(whole), CHARACTERS)]
         held_out_generator.shuffle(sides["validation"])
         return documents, "\n\n".join(sides["validation"])[:HELD_OUT_CHARACTERS]
-    draw = noise if name == "noise" else template
-    return [draw(generator) for _ in range(DOCUMENTS)], draw(held_out_generator)
+    if name == "easy":
+        return [template(generator) for _ in range(DOCUMENTS)], template(held_out_generator)
+    words = noise_words(Tokenizer.from_name("assets-4k"))
+    return [noise(generator, words) for _ in range(DOCUMENTS)], noise(held_out_generator, words)
 
 
-def noise(generator: np.random.Generator) -> str:
+def noise_words(tokenizer: Tokenizer) -> list[str]:
     """Words that are one token each, so that nothing within a word is left to learn."""
-    tokenizer = Tokenizer.from_name("assets-4k")
     pieces = (tokenizer.decode([number]) for number in range(tokenizer.vocab_size))
-    words = [piece[1:] for piece in pieces if re.fullmatch(" [a-z]{3,}", piece)]
-    return " " + " ".join(generator.choice(words[:NOISE_WORDS], CHARACTERS // 6))
+    return [piece[1:] for piece in pieces if re.fullmatch(" [a-z]{3,}", piece)][:NOISE_WORDS]
+
+
+def noise(generator: np.random.Generator, words: list[str]) -> str:
+    return " " + " ".join(generator.choice(words, CHARACTERS // 6))
 
 
 def template(generator: np.random.Generator) -> str:
@@ -178,7 +182,7 @@ def summary(runs: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -188,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         runs = dict(zip(options.seeds, pool.map(run, options.seeds), strict=True))
     report = {
         "what": "adaptive mixture over planted sources with equal weights, "
-        f"{options.steps} steps of 1,024 tokens; factors over the second half of a run",
+        f"{options.steps} steps of 512 tokens; factors over the second half of a run",
         "arms": summary(runs),
         "runs": {str(seed): run for seed, run in runs.items()},
         "seconds": round(time.monotonic() - start),
