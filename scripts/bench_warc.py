@@ -3,7 +3,7 @@
     python scripts/bench_warc.py FOLDER_OF_HTML --output bench/results/warc_wget.json
 
 The folder is served on 127.0.0.1, wget follows its links into WARC files as an archive would
-(records of its own kinds, its own compression), and `CommonCrawlSource` reads them over HTTP ranges.
+(records and compression are wget's), and `CommonCrawlSource` reads them over HTTP ranges.
 An independent reader (fastwarc) counts what is there; every page is then either a document or
 counted by reason. How well text is extracted is measured against the pages themselves: the share of
 the words of their paragraphs that came out, and what of the navigation came with them.

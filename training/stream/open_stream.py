@@ -40,8 +40,8 @@ MOST_WORKERS = 4  # chosen by themselves; --num-workers may be more
 NETWORK_KINDS = (*HUB_SOURCES, "commoncrawl")
 # Flags that decide which tokens follow; how fast and from where they come is not among them.
 DECIDING = (
-    "data_backend", "local_path", "pdf_path", "local_ratio", "source_list", "mix_strategy",
-    "source_max_epochs", "fineweb_ratio", "fineweb_min_score", "commoncrawl_ratio",
+    "data_backend", "synthetic_data", "local_path", "pdf_path", "local_ratio", "source_list",
+    "mix_strategy", "source_max_epochs", "fineweb_ratio", "fineweb_min_score", "commoncrawl_ratio",
     "commoncrawl_latest_crawls", "commoncrawl_wet_paths_per_crawl", "commoncrawl_records_per_file",
     "commoncrawl_parallel_files", "bootstrap_seed_batches", "startup_hf_only_samples",
     "stream_shuffle_buffer", "dedup_window_size", "dedup_normalize_chars", "near_dedup_window",
@@ -51,7 +51,7 @@ DECIDING = (
 
 def deciding_flags(config: SigmaConfig) -> dict[str, str]:
     """What a resumed run must share of the stream's settings, by flag; nothing when embedded."""
-    if config.stream.data_backend == "embedded":
+    if config.stream.data_backend == "embedded" and not config.stream.synthetic_data:
         return {}
     return {f"--{name.replace('_', '-')}": str(getattr(config.stream, name)) for name in DECIDING}
 
@@ -171,13 +171,20 @@ def _digest(evaluation: ContaminationIndex | None) -> str:
     return "" if evaluation is None else evaluation.digest
 
 
+def chunks_in_flight(options: StreamConfig, *, workers: int) -> int:
+    """Calls of the tokenizer that a source may have under way: `--prefetch-factor` a worker, and
+    no more than hold `--stream-sample-prefetch` documents."""
+    most = options.stream_sample_prefetch // options.stream_tokenize_batch_size
+    return max(1, min(options.prefetch_factor * workers, most))
+
+
 def _reader_settings(config: SigmaConfig, *, workers: int) -> ReaderSettings:
     options = config.stream
     return ReaderSettings(
         seed=config.run.seed,
         shard_documents=options.stream_shuffle_buffer,
         chunk_documents=options.stream_tokenize_batch_size,
-        chunks_in_flight=max(1, options.prefetch_factor * workers),
+        chunks_in_flight=chunks_in_flight(options, workers=workers),
         max_epochs=options.source_max_epochs,
     )
 
