@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.build import TOKEN_CACHE
+from training.build import TOKEN_CACHE, build_evaluation_index
 from training.config.cli import parse_args
 from training.data import TokenCorpus, tokenize_corpus
 from training.sources.embedded import EmbeddedCorpus
@@ -87,7 +87,13 @@ def stream_batches(
          "--source-read-timeout-sec", "60", *flags]
     )  # fmt: skip
     spool = Path(tempfile.mkdtemp())
-    stream = open_stream(config, tokenizer=tokenizer, corpus=corpus, spool_directory=spool)
+    stream = open_stream(
+        config,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        spool_directory=spool,
+        evaluation=build_evaluation_index(config),
+    )
     try:
         while True:
             yield stream.next_batch()

@@ -23,7 +23,7 @@ from training.hidden_eval import (
     decode_manifest,
     encode_manifest,
 )
-from training.ngrams import index_of
+from training.stream.contamination import passages_of
 
 NUM_QUESTIONS = 400
 SEED_BYTES = 32
@@ -40,7 +40,7 @@ def build_manifest(seed: bytes, *, num_questions: int = NUM_QUESTIONS) -> Hidden
         seed_commitment=hashlib.sha256(seed).hexdigest(),
         questions=tuple(_seal(item, salt=salts.salt()) for item in items),
         # Over all choices alike, or the index would tell which of them is the true one.
-        passages=index_of(item.prompt + choice for item in items for choice in item.choices),
+        passages=passages_of(item.prompt + choice for item in items for choice in item.choices),
     )
 
 

@@ -149,12 +149,62 @@ def resumes(trials: Trials) -> None:
     trials.facts["configurations"] = list(CONFIGURATIONS)
 
 
+def damaged_material(trials: Trials) -> None:
+    """R17: mutated PDFs (two in seven), then damaged WET and WARC archives; no crash, no endless
+    reading, and what survived comes out byte for byte."""
+    from tests.fakeworld.server import FakeWorld
+    from tests.training.sources.test_damaged_archives import faults_of
+    from tests.training.sources.test_pdf import faults_of_mutated
+    from training.sources.pdf import PdfSource
+
+    num_pdfs = trials.wanted * 2 // 7
+    while trials.open and trials.done < num_pdfs:
+        count = min(500, num_pdfs - trials.done)
+        seed = trials.seed + trials.done
+        folder, opened = trials.home / f"pdf{seed}", []
+
+        def open_source(paths: list[Path], opened: list[PdfSource] = opened) -> PdfSource:
+            opened.append(PdfSource(paths))
+            return opened[-1]
+
+        folder.mkdir()
+        found = faults_of_mutated(folder, open_source, count=count, seed=seed)
+        trials.check(found == [], f"PDFs, seed {seed}: {found}", count=count)
+        for source in opened:
+            source.close()
+        remove(folder)
+    trials.facts["mutated_pdfs"] = trials.done
+    with FakeWorld() as world:
+        while trials.open:
+            found = faults_of(world, trials.seed + trials.done)
+            trials.check(found == [], "; ".join(found))
+    trials.facts["damaged_archives"] = trials.done - trials.facts["mutated_pdfs"]
+
+
+def stream_under_faults(trials: Trials) -> None:
+    """R18: each HTTP fault by itself under the whole hybrid stream; not a token changes."""
+    from tests.fakeworld.server import FakeWorld
+    from tests.integration.test_stream_under_faults import KINDS, FailingNetwork
+
+    struck: dict[str, int] = dict.fromkeys(KINDS, 0)
+    with FakeWorld() as world:
+        network = FailingNetwork(world, trials.home)
+        while trials.open:
+            round_, index = divmod(trials.done, len(KINDS))
+            found, hit = network.faults_of(KINDS[index], trials.seed + round_)
+            struck[KINDS[index]] += hit
+            trials.check(found == [], "; ".join(found))
+    trials.facts["trials_struck_by_kind"] = struck
+
+
 SUITES: dict[str, tuple[int, Callable[[Trials], None]]] = {
     "R2": (1000, kills_of_a_run),
     "R3": (5000, power_losses),
     "R6": (100_000, damaged_checkpoints),
     "R8": (10_000, resumes),
     "R10": (500, signals_of_a_run),
+    "R17": (7000, damaged_material),
+    "R18": (32 * 50, stream_under_faults),
 }
 
 
@@ -170,7 +220,7 @@ def run_suite(name: str, *, wanted: int, minutes: float, seed: int) -> dict[str,
         suite(trials)
     return {
         "suite": name,
-        "what": (suite.__doc__ or "").strip(),
+        "what": " ".join((suite.__doc__ or "").split()),
         "seed": seed,
         "trials": trials.done,
         "trials_wanted": wanted,

@@ -19,7 +19,7 @@ from model.sigma_llm import SigmaLLM
 from training.config.cli import load_json, write_resolved
 from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import TokenCorpus, TokenStream, tokenize_corpus, validation_batches
-from training.evaluation import EvalResult, evaluate_bpb
+from training.evaluation import EvalResult, evaluate_bpb, read_eval_file
 from training.features import FEATURES
 from training.features.base import Feature, FeatureSet
 from training.hidden_eval import choose_questions, read_manifest
@@ -62,6 +62,7 @@ from training.sigma_trainer import SigmaTrainer
 from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte
 from training.sources.registry import source_specs
 from training.stream.batch import BatchStream
+from training.stream.contamination import ContaminationIndex
 from training.stream.open_stream import deciding_flags, open_stream
 from training.tokenizer import Tokenizer
 
@@ -95,7 +96,13 @@ def build_probe(
 def build_stream(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) -> BatchStream:
     """The stream of `--data-backend`; other backends than embedded ask their sources here."""
     if config.stream.data_backend != "embedded" or source_specs(config.stream, seed=0):
-        return open_stream(config, tokenizer=tokenizer, corpus=corpus, spool_directory=SPOOL)
+        return open_stream(
+            config,
+            tokenizer=tokenizer,
+            corpus=corpus,
+            spool_directory=SPOOL,
+            evaluation=build_evaluation_index(config),
+        )
     if config.adaptive.enable_adaptive_sources:
         raise ConfigError(
             "--aux-enable-adaptive-sources needs sources to choose from: use --data-backend "
@@ -107,6 +114,18 @@ def build_stream(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus)
         batch_size=config.data.batch_size,
         seq_len=config.data.seq_len,
     )
+
+
+def build_evaluation_index(config: SigmaConfig) -> ContaminationIndex | None:
+    """What a run is judged by and may not read: the validation split, the hidden questions and
+    `--eval-file`; None without `--contamination-check`."""
+    if not config.stream.contamination_check:
+        return None
+    texts = [EmbeddedCorpus().validation_text().decode()]
+    if content := read_eval_file(config.generate.eval_file):
+        texts.append(content.decode("utf-8", "replace"))
+    hidden = read_manifest(config.integrity.integrity_hidden_eval_manifest)
+    return ContaminationIndex(texts, passages=hidden.passages)
 
 
 def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,21 @@ def bits_per_byte(total_nats: float, num_bytes: int) -> float:
     if num_bytes <= 0:
         raise ValueError("bits per byte needs at least one byte of text to predict")
     return total_nats / math.log(2.0) / num_bytes
+
+
+def read_eval_file(name: str) -> bytes | None:
+    """Content of `--eval-file`, None when the flag is not given."""
+    if not name:
+        return None
+    try:
+        content = Path(name).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"--eval-file {name}: {error.strerror or error}; give a readable text file"
+        ) from error
+    if not content:
+        raise ValueError(f"--eval-file {name} is empty; give a text file with at least one byte")
+    return content
 
 
 @torch.no_grad()

@@ -30,10 +30,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.ngrams import count_overlaps
 from training.tokenizer import Tokenizer
 
-SCHEMA = 1
+SCHEMA = 2  # 2: passages are hashed as training text is (training/stream/contamination.py)
 DEFAULT_MANIFEST = Path(__file__).with_name("hidden_eval_manifest.json")
 MAX_MANIFEST_BYTES = 8 * 2**20
 FORWARD_TOKENS = 1024  # the logits of one forward: 128 MiB with 32k tokens of vocabulary
@@ -56,7 +55,8 @@ class Question:
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class HiddenManifest:
-    """The questions in their fixed order, and `passages`: hashes of all their 13-grams, sorted."""
+    """The questions in their fixed order, and `passages`: the runs of words in all of them, by
+    which training text is checked (`training.stream.contamination.passages_of`)."""
 
     generator: str
     seed_commitment: str
@@ -219,11 +219,6 @@ def wilson_interval(passed: int, total: int, *, z: float = Z_95) -> tuple[float,
     middle = share + spread / 2
     width = z * math.sqrt((share * (1 - share) + spread / 4) / total)
     return max(0.0, (middle - width) / (1 + spread)), min(1.0, (middle + width) / (1 + spread))
-
-
-def contaminated_passages(manifest: HiddenManifest, text: str) -> int:
-    """13-grams that a training text shares with the questions; must be 0."""
-    return count_overlaps(text, manifest.passages)
 
 
 def as_columns(result: HiddenResult) -> dict[str, float]:

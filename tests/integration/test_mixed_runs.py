@@ -1,6 +1,7 @@
 """Runs over own files resumed to the bit; the network off; mistakes refused early."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ from tests.integration.runs import (
     train,
 )
 from training.features import FEATURES
+from training.hidden_eval import read_manifest
+from training.runtime.report_html import write_report
 from training.sources.base import SourceError
+from training.sources.embedded import EmbeddedCorpus
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,31 @@ def test_with_the_network_off_a_hybrid_run_trains_and_says_so(tmp_path, monkeypa
     assert last["data_source_fraction_bootstrap"] == 1.0
     assert last["bootstrap_batches_used"] == 12 and last["data_timeouts"] == 3
     assert "training on the embedded text" in capsys.readouterr().out
+
+
+def test_text_of_an_evaluation_is_left_out_counted_and_reported(folder, tmp_path):
+    """A hidden question, a held-out page and a piece of --eval-file among the own files."""
+    own, exam = tmp_path / "own", tmp_path / "exam.txt"
+    own.mkdir()
+    for path in sorted(folder.iterdir())[:20]:
+        shutil.copy(path, own)
+    exam.write_text(" ".join(f"exam{number}" for number in range(90)), encoding="utf-8")
+    question = read_manifest("").questions[5].prompt
+    held_out = EmbeddedCorpus().validation_text().decode()[9000:12000]
+    for name, planted in (("q", question), ("h", held_out), ("e", exam.read_text()[70:300])):
+        text = f"Before it. {planted} And after it stands some more."
+        (own / f"planted-{name}.txt").write_text(text, encoding="utf-8")
+    more = ("--steps", "50", "--eval-file", str(exam),
+            "--num-workers", "0", "--stream-shuffle-buffer", "8")  # fmt: skip
+    train(flags(own, tmp_path / "run", *more))
+    last = metrics_rows(tmp_path / "run")[-1]
+    assert last["data_contaminated"] in (3, 6, 9)  # in every pass over the files
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert f"{last['data_contaminated']} that hold text of an evaluation" in page
+    train(flags(own, tmp_path / "off", *more, "--no-contamination-check"))
+    assert metrics_rows(tmp_path / "off")[-1]["data_contaminated"] == 0
+    with pytest.raises(ValueError, match="evaluation texts"):
+        train(flags(own, tmp_path / "run", *more, "--steps", "51", "--eval-file", ""))
 
 
 class Unreachable:

@@ -8,7 +8,8 @@ import pytest
 from scripts.build_hidden_eval import build_manifest, main
 from scripts.hidden_items import FAMILIES, generate_items
 from tests.training.hidden_models import true_choice
-from training.hidden_eval import DEFAULT_MANIFEST, contaminated_passages, encode_manifest
+from training.hidden_eval import DEFAULT_MANIFEST, encode_manifest
+from training.stream.contamination import ContaminationIndex
 
 SEED = bytes(range(32))
 
@@ -36,8 +37,9 @@ def test_the_manifest_knows_the_true_answers_and_all_passages():
     assert [true_choice(question) for question in manifest.questions] == [
         item.choices[item.truth] for item in items
     ]
+    index = ContaminationIndex(passages=manifest.passages)
     for item in items[:40]:
-        counts = {contaminated_passages(manifest, item.prompt + c) for c in item.choices}
+        counts = {index.count_runs(item.prompt + choice) for choice in item.choices}
         assert min(counts) > 0
     assert manifest.seed_commitment == hashlib.sha256(SEED).hexdigest()
 

@@ -22,7 +22,9 @@ from training.hidden_eval import (
     score_continuations,
     wilson_interval,
 )
-from training.ngrams import NGRAM_WORDS, words_of
+from training.sources.embedded import EmbeddedCorpus
+from training.stream.contamination import RUN_WORDS, ContaminationIndex
+from training.stream.word_hashes import normalize
 from training.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_name("assets-4k")
@@ -49,10 +51,10 @@ def test_the_shipped_manifest_is_sealed():
     for question in MANIFEST.questions:
         assert len(set(question.choices)) == 4
         assert true_choice(question)
-        assert len(words_of(question.prompt)) >= NGRAM_WORDS
+        assert len(normalize(question.prompt).split()) >= RUN_WORDS
         # No plaintext: neither a question nor any of its answers can be read in the file.
         assert question.prompt not in text
-    assert not set(words_of(text)) & {"himself", "writing", "behind", "lamp"}
+    assert not set(normalize(text).split()) & {"himself", "writing", "behind", "lamp"}
     assert len({question.salt for question in MANIFEST.questions}) == len(MANIFEST.questions)
     assert len({question.prompt for question in MANIFEST.questions}) == len(MANIFEST.questions)
 
@@ -202,3 +204,24 @@ def test_more_questions_than_there_are_is_refused():
     assert set(families.values()) == {25}
     with pytest.raises(ValueError, match="--integrity-hidden-eval-tasks 9999"):
         choose_questions(MANIFEST, 9999)
+
+
+def test_the_shipped_corpus_holds_no_passage_of_the_hidden_evaluation():
+    index = ContaminationIndex(passages=MANIFEST.passages)
+    documents = list(EmbeddedCorpus().documents())
+    assert sum(index.count_runs(document.text) for document in documents) == 0
+    # The check would have seen one: here it is, in the middle of the longest document.
+    longest = max(documents, key=lambda document: len(document.text)).text
+    prompt = MANIFEST.questions[17].prompt
+    middle = longest.index(" ", len(longest) // 2)
+    planted = f"{longest[:middle]} {prompt} {longest[middle:]}"
+    runs = len(normalize(prompt).split()) - RUN_WORDS + 1
+    assert index.count_runs(planted) == runs > 0
+
+
+def test_a_batch_can_be_checked_after_decoding():
+    prompt = MANIFEST.questions[3].prompt
+    batch = [*TOKENIZER.encode("Some text before. "), *TOKENIZER.encode(prompt), TOKENIZER.end_id]
+    runs = len(normalize(prompt).split()) - RUN_WORDS + 1
+    index = ContaminationIndex(passages=MANIFEST.passages)
+    assert index.count_runs(TOKENIZER.decode(batch)) == runs

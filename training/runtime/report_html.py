@@ -332,10 +332,28 @@ def _facts(record: RunRecord) -> list[Fact]:
     ]
     if "torch_initial_seed" in known:
         facts.append(Fact(name="seed", value=str(known["torch_initial_seed"])))
+    if "data_rejected" in known:
+        facts += _data_facts(known)
     if known.get("checkpoint_resume_step"):
         value = f"from step {int(known['checkpoint_resume_step']):,}"
         facts.append(Fact(name="resumed", value=value))
     return facts
+
+
+def _data_facts(known: dict[str, Any]) -> list[Fact]:
+    """Where the tokens came from, and what was left out of them; of a stream of several sources."""
+    prefix = "data_source_fraction_"
+    shares = {n.removeprefix(prefix): v for n, v in known.items() if n.startswith(prefix)}
+    spoken = ", ".join(f"{printable(name)} {share:.1%}" for name, share in shares.items() if share)
+    left_out = ", ".join(
+        f"{known.get(column, 0):,.0f} {what}"
+        for column, what in (
+            ("data_rejected", "in all"),
+            ("data_dedup_dropped", "as duplicates"),
+            ("data_contaminated", "that hold text of an evaluation"),
+        )
+    )
+    return [Fact(name="text from", value=spoken), Fact(name="documents left out", value=left_out)]
 
 
 def _settings(config: dict[str, Any]) -> str:

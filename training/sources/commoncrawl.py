@@ -147,6 +147,7 @@ class CommonCrawlSource:
             self._read_text = open_text_reader(self._kind)
         if self._files is None:
             self._files = self._choose_files()
+            self._open_ahead()
         position = self._position
         while any(slot.file < len(self._files) for slot in position.slots):
             number = position.turn % self._parallel_files
@@ -219,7 +220,11 @@ class CommonCrawlSource:
         """A slot's next record as a document; None when it gave none or its file is done."""
         slot = self._position.slots[number]
         try:
-            member = self._reader_of(number).next_member()
+            reader = self._reader_of(number)
+            if slot.records:
+                bytes_per_record = slot.offset / slot.records
+                reader.wanted_bytes = bytes_per_record * (self._records_per_file - slot.records)
+            member = reader.next_member()
         except SourceError as error:
             self._close_reader(number)
             if is_of_the_material(error):
@@ -275,12 +280,21 @@ class CommonCrawlSource:
     def _finish_file(self, number: int) -> None:
         self._close_reader(number)
         self._position.slots[number].advance(self._parallel_files)
+        self._open_ahead()
+
+    def _open_ahead(self) -> None:
+        """Ask for the next block of every file that has its turn later. Files that were opened only
+        at their turn would each be waited for, one after the other."""
+        assert self._files is not None
+        for number, slot in enumerate(self._position.slots):
+            if self._executor is not None and slot.file < len(self._files):
+                self._open(number)
 
     def _close_reader(self, number: int) -> None:
         if number in self._readers:
             self._readers.pop(number).close()
 
-    def _reader_of(self, number: int) -> MemberReader:
+    def _open(self, number: int) -> MemberReader:
         assert self._files is not None
         slot = self._position.slots[number]
         if number not in self._readers:
@@ -292,7 +306,11 @@ class CommonCrawlSource:
                 block_bytes=self._block_bytes,
                 executor=self._executor,
             )
-        reader = self._readers[number]
+        return self._readers[number]
+
+    def _reader_of(self, number: int) -> MemberReader:
+        """The reader of a slot's file, behind damage that is to be left out."""
+        slot, reader = self._position.slots[number], self._open(number)
         if slot.skips_damage:
             reader.skip_damage()
             slot.offset, slot.version, slot.skips_damage = reader.offset, reader.version, False

@@ -54,8 +54,14 @@ def source_specs(config: StreamConfig, *, seed: int) -> list[SourceSpec]:
     own = _own_files(config)
     listed = _listed(config.source_list) if config.source_list else []
     backend = config.data_backend
+    if config.synthetic_data:
+        if own or listed:
+            raise ConfigError(
+                f"{_own_flag(config)} has no effect with --synthetic-data; leave one of them out"
+            )
+        return [SourceSpec(key="synthetic", kind="synthetic", weight=1.0, options={"seed": seed})]
     if (own or listed) and backend == "embedded":
-        name = "--source-list" if listed else "--local-path" if config.local_path else "--pdf-path"
+        name = _own_flag(config)
         raise ConfigError(f"{name} has no effect with --data-backend embedded; use local or hybrid")
     if own and backend in ("hf", "commoncrawl"):
         raise ConfigError(
@@ -87,9 +93,20 @@ def source_specs(config: StreamConfig, *, seed: int) -> list[SourceSpec]:
     return specs
 
 
+def _own_flag(config: StreamConfig) -> str:
+    """The first flag that names own material."""
+    if config.source_list:
+        return "--source-list"
+    return "--local-path" if config.local_path else "--pdf-path"
+
+
 def open_source(spec: SourceSpec, *, config: StreamConfig) -> DocumentSource:
     """The source itself; ValueError in one line for a mistake of the user."""
     options = dict(spec.options)
+    if spec.kind == "synthetic":
+        from training.sources.synthetic import SyntheticSource
+
+        return SyntheticSource(**options)
     if spec.kind == "commoncrawl":
         from training.sources.commoncrawl import HOSTS, CommonCrawlSource
         from training.sources.connection import allow_hosts

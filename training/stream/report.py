@@ -33,6 +33,7 @@ def stream_metrics(
             cursor.duplicates + sum(cursor.rejected[reason] for reason in DUPLICATE_REASONS)
             for cursor in known
         ),
+        "data_contaminated": sum(cursor.rejected["contaminated"] for cursor in known),
         "data_rejected": sum(cursor.rejected.total() for cursor in known),
         "data_timeouts": sum(cursor.timeouts for cursor in known),
         "data_fallbacks": sum(cursor.fallbacks for cursor in known),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
 from tests.fakeworld.clients import drain, make_client
 from tests.fakeworld.crawl import CRAWLS, make_pages, pack, serve_crawl, wet_record
-from tests.fakeworld.server import FakeWorld
+from tests.fakeworld.server import Answer, FakeWorld
 from training.sources.base import SOURCE_IDS, SourceError, SourceExhausted
 from training.sources.commoncrawl import CommonCrawlSource
 
@@ -246,3 +247,40 @@ def test_a_bomb_among_records_is_counted(world):
     documents, errors = drain(source)
     assert [document.text for document in documents] == [page.text for page in pages]
     assert not errors and source.rejected == {"too_large": 1}
+
+
+def test_parallel_files_are_asked_for_at_once(world):
+    """No file's first block is answered before those of all others are asked for."""
+    serve_crawl(world, files=4, pages=6, crawls=CRAWLS[:1])
+    meeting = threading.Barrier(4)
+
+    def wait_for_the_others(content):
+        def answer(handler):
+            if handler.headers["Range"].startswith("bytes=0-"):
+                meeting.wait(60)
+            return Answer(body=content)
+
+        return answer
+
+    for path, content in list(world.resources.items()):
+        if path.endswith(".warc.wet.gz"):
+            world.resources[path] = wait_for_the_others(content)
+    client = make_client(read_timeout_s=60.0)
+    source = make_source(world, client=client, parallel_files=4, wet_paths_per_crawl=4, crawls=1)
+    assert source.next_document().text
+    source.close()
+
+
+def test_no_block_is_fetched_that_a_file_does_not_need(world):
+    """With the few records per file that are the rule, a block too many is a third of the load."""
+    serve_crawl(world, files=4, pages=40, crawls=CRAWLS[:1])
+    settings = {"languages": (), "wet_paths_per_crawl": 4, "crawls": 1, "records_per_file": 12}
+    requests = {}
+    for parallel_files in (1, 4):
+        with world.planned(lambda seen: None) as seen:
+            documents, _ = drain(
+                make_source(world, parallel_files=parallel_files, block_bytes=2000, **settings)
+            )
+        assert len(documents) == 48
+        requests[parallel_files] = sum(request.range is not None for request in seen)
+    assert requests[1] <= requests[4] <= requests[1] + 1

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 
@@ -233,22 +234,35 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.soak
-def test_two_thousand_mutated_files_neither_crash_nor_hang(tmp_path, opened):
-    """R17. The good files between them come out as they do alone."""
-    rng = random.Random(0)
+def faults_of_mutated(folder: Path, open_source, *, count: int, seed: int) -> list[str]:
+    """Among `count` mutated files one in a hundred is good: what is wrong with how they came out.
+
+    A crash or a hang of the reading program would not return.
+    """
+    rng = random.Random(seed)
     originals = [make_book(pages, first=100 * pages) for pages in (1, 2, 5)]
     originals.append(make_pdf([SENTENCES[:40]] * 3, pack=False))
     good = make_book(2)
-    for number in range(2000):
-        content = mutate(rng.choice(originals), rng)
-        (tmp_path / f"{number:04}.pdf").write_bytes(content)
+    (folder / "0000-good.pdf").write_bytes(good)
+    alone = [document.text for document in drain(open_source([folder]))]
+    for number in range(count):
+        (folder / f"{number:04}.pdf").write_bytes(mutate(rng.choice(originals), rng))
         if number % 100 == 0:
-            (tmp_path / f"{number:04}-good.pdf").write_bytes(good)
-    found = drain(opened([tmp_path]))
-    texts = {}
-    for document in found:
+            (folder / f"{number:04}-good.pdf").write_bytes(good)
+    texts: dict[str, list[str]] = {}
+    for document in drain(open_source([folder])):
         if "-good" in document.id:
-            name, _, chunk = document.id.partition("#")
-            texts.setdefault(name, []).append((int(chunk), document.text))
-    assert len(texts) == 20 and len({tuple(parts) for parts in texts.values()}) == 1
+            texts.setdefault(document.id.partition("#")[0], []).append(document.text)
+    wanted = -(-count // 100)
+    found = [f"{name} came out otherwise" for name, parts in texts.items() if parts != alone]
+    return found + ([] if len(texts) == wanted else [f"{len(texts)} of {wanted} good files"])
+
+
+def test_mutated_files_neither_crash_nor_hang(tmp_path, opened):
+    assert faults_of_mutated(tmp_path, opened, count=40, seed=1) == []
+
+
+@pytest.mark.soak
+def test_two_thousand_mutated_files_neither_crash_nor_hang(tmp_path, opened):
+    """R17."""
+    assert faults_of_mutated(tmp_path, opened, count=2000, seed=0) == []

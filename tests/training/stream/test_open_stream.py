@@ -1,5 +1,6 @@
 """A configuration becomes a stream over real files: the same one with any workers and any spool."""
 
+import functools
 import json
 import os
 from itertools import pairwise
@@ -9,13 +10,17 @@ import pytest
 
 from tests.training.mixed import digest, take
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
+from training.build import build_evaluation_index, build_stream
 from training.config.cli import parse_args, write_resolved
+from training.config.data_sections import StreamConfig
 from training.data import tokenize_corpus
 from training.modes.data import preview
 from training.runtime.state_tree import join_state, split_state
 from training.sources.embedded import EmbeddedCorpus
+from training.stream.contamination import ContaminationIndex
 from training.stream.open_stream import (
     BEGINNING_LASTS_S,
+    chunks_in_flight,
     deciding_flags,
     open_stream,
     prune_spool,
@@ -25,6 +30,15 @@ from training.stream.shards import shard_file
 
 CORPUS = tokenize_corpus(SmallCorpus(), TOKENIZER)
 WORDS = "table index lord commit returns stream value error query every night river".split()
+
+
+@functools.cache
+def held_out_index() -> ContaminationIndex:
+    return build_evaluation_index(parse_args([]))
+
+
+def evaluation_index(config):
+    return held_out_index() if config.stream.contamination_check else None
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +66,13 @@ def opened(folder, spool, *more):
          "--bootstrap-seed-batches", "0",
          *more]
     )  # fmt: skip
-    return open_stream(config, tokenizer=TOKENIZER, corpus=CORPUS, spool_directory=spool)
+    return open_stream(
+        config,
+        tokenizer=TOKENIZER,
+        corpus=CORPUS,
+        spool_directory=spool,
+        evaluation=evaluation_index(config),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +215,22 @@ def test_workers_follow_the_machine_unless_told():
     assert worker_count(0) == 0 and worker_count(7) == 7
     assert 1 <= worker_count(-1) <= 4
     assert [a <= b for a, b in pairwise(map(worker_count, range(5)))] == [True] * 4
+
+
+def test_fewer_raw_documents_may_wait_than_the_workers_could_take():
+    base = {"prefetch_factor": 4, "stream_tokenize_batch_size": 64}
+    for prefetch, workers, chunks in ((2048, 2, 8), (2048, 100, 32), (128, 2, 2), (1, 2, 1)):
+        options = StreamConfig(**base, stream_sample_prefetch=prefetch)
+        assert chunks_in_flight(options, workers=workers) == chunks
+    assert chunks_in_flight(StreamConfig(**base), workers=0) == 1
+
+
+def test_synthetic_tasks_alone_are_read_when_asked_for(tmp_path):
+    config = parse_args(["--synthetic-data", "--data-backend", "hybrid", "--seq-len", "64"])
+    stream = build_stream(config, TOKENIZER, CORPUS)
+    batches = take(stream, 12)
+    stream.close()
+    assert {int(number) for batch in batches for number in batch.source_ids.unique()} == {4}
+    assert stream.metrics()["data_source_fraction_synthetic"] == 1.0
+    assert stream.metrics()["data_rejected"] <= 6  # the held-out ones
+    assert deciding_flags(config)["--synthetic-data"] == "True"

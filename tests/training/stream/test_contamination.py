@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from training.contamination import ContaminationIndex
 from training.sources.base import split_of
 from training.sources.embedded import EmbeddedCorpus
-from training.word_hashes import hash_runs, hash_words, normalize
+from training.stream.contamination import ContaminationIndex, passages_of
+from training.stream.word_hashes import hash_runs, hash_words, normalize
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,6 @@ def test_the_verdict_is_that_of_the_definition(documents):
         assert (index.check(document.text) == "contaminated") == expected
         verdicts.append(expected)
     assert 0 < sum(verdicts) < len(verdicts)
-    assert index.num_documents == len(documents) and index.num_contaminated == sum(verdicts)
 
 
 def test_planted_runs_are_found_and_shorter_ones_are_not():
@@ -47,8 +46,7 @@ def test_planted_runs_are_found_and_shorter_ones_are_not():
         for size, verdict in ((13, "contaminated"), (12, None)):
             planted = ", ".join(source[start : start + size]).upper()
             text = " ".join([*filler[:150], f'"{planted}"\n', *filler[150:]])
-            assert index.check(text) == verdict
-    assert index.num_contaminated == 300 and index.num_runs_found == 300
+            assert index.check(text) == verdict and index.count_runs(text) == size - 12
 
 
 def test_short_evaluation_texts_are_looked_for_whole():
@@ -57,6 +55,18 @@ def test_short_evaluation_texts_are_looked_for_whole():
     assert index.check("Q: what is the sum of nine and thirteen point five A:") == "contaminated"
     assert index.check("what is the sum of nine and thirteen point six") is None
     assert index.check("2 + 2?") is None and index.check("") is None
+
+
+def test_texts_known_by_their_passages_alone_are_found_as_well():
+    rng = random.Random(1)
+    texts = [" ".join(f"word{rng.randrange(900)}" for _ in range(30)) for _ in range(20)]
+    whole, hashed = ContaminationIndex(texts), ContaminationIndex(passages=passages_of(texts))
+    assert whole.digest == hashed.digest and hashed.num_texts == 0
+    both = ContaminationIndex(texts[:5], passages=passages_of(texts[5:]))
+    assert both.digest == whole.digest
+    assert all(both.count_runs(text) == 18 for text in texts)
+    assert passages_of([]).size == passages_of(["too short for a run"]).size == 0
+    assert ContaminationIndex(passages=passages_of([])).check("word " * 40) is None
 
 
 def test_the_digest_tells_indexes_apart():
