@@ -149,12 +149,27 @@ def resumes(trials: Trials) -> None:
     trials.facts["configurations"] = list(CONFIGURATIONS)
 
 
+def hour_of_chaos(trials: Trials) -> None:
+    """R24: a fault a minute; no manual action, and the end is that of an unharmed twin."""
+    from tests.integration.chaos import torment
+
+    trials.facts, failures = torment(
+        trials.home,
+        faults=trials.wanted,
+        minutes=(trials.deadline - time.monotonic()) / 60.0,
+        pace_s=0.5,
+        seed=trials.seed,
+    )
+    trials.check(not failures, "; ".join(failures), count=sum(trials.facts["faults"].values()))
+
+
 SUITES: dict[str, tuple[int, Callable[[Trials], None]]] = {
     "R2": (1000, kills_of_a_run),
     "R3": (5000, power_losses),
     "R6": (100_000, damaged_checkpoints),
     "R8": (10_000, resumes),
     "R10": (500, signals_of_a_run),
+    "R24": (60, hour_of_chaos),
 }
 
 

@@ -5,12 +5,14 @@ feature stands for the hardware: a step takes as long as on a device that comput
 row does not fit from some step on, and some batches give a loss that is no number; all of that is
 decided by step and data, so that it happens to an unharmed run as well. And the file operations of
 the checkpoints fail when the tormentor has put a fault into the folder that SIGMA_CHAOS_HOME names.
+For the negative control SIGMA_CHAOS_FORGETS names a function that does nothing in this life.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import importlib
 import os
 import sys
 import time
@@ -27,6 +29,7 @@ from training.runtime.atomic_io import FileOps
 
 HOME = "SIGMA_CHAOS_HOME"
 PACE = "SIGMA_CHAOS_PACE_S"
+FORGET = "SIGMA_CHAOS_FORGETS"
 SHORT_FROM_STEP = 40
 BAD_BATCH_OF = 997
 ERRORS = {"eio": errno.EIO, "disk_full": errno.ENOSPC, "read_only": errno.EROFS}
@@ -56,7 +59,7 @@ class Card(Feature):
         self.pace = float(os.environ[PACE])
         self.steps = (self.home / "steps.log").open("a", buffering=1, encoding="ascii")
         self.output_dir = Path()
-        self.begun = 0.0
+        self.begun = self.cpu = 0.0
 
     @classmethod
     def schedule(cls, config):
@@ -71,7 +74,7 @@ class Card(Feature):
     def on_batch(self, ctx):
         if ctx.micro == 0:
             self.wait_for_leave(ctx.step)
-            self.begun = time.monotonic()
+            self.begun, self.cpu = time.monotonic(), time.process_time()
         if ctx.step >= SHORT_FROM_STEP and ctx.batch.input_ids.shape[0] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory: a card of one row")
         return False
@@ -84,7 +87,8 @@ class Card(Feature):
 
     def after_step(self, ctx):
         time.sleep(max(0.0, self.begun + self.pace - time.monotonic()))
-        self.steps.write(f"{os.getpid()} {ctx.step} {self.begun:.4f} {time.monotonic():.4f}\n")
+        times = f"{self.begun:.4f} {time.monotonic():.4f} {self.cpu:.2f}"
+        self.steps.write(f"{os.getpid()} {ctx.step} {times}\n")
         if take(self.home / "weights"):
             next(ctx.model.parameters()).view(-1)[0] = float("nan")
         if self.number("last") == ctx.step:
@@ -139,6 +143,9 @@ def build_on_card(config, *, build=training.build.build_trainer):
 
 
 if __name__ == "__main__":
+    if FORGET in os.environ:
+        owner, _, forgotten = os.environ[FORGET].rpartition(".")
+        setattr(importlib.import_module(owner), forgotten, lambda *given, **named: None)
     training.build.build_trainer = build_on_card
     training.build.SPOOL = Path(os.environ[HOME]) / "spool"
     train_sigma.program_command = functools.partial(
