@@ -80,22 +80,22 @@ def power_losses(trials: Trials) -> None:
     counts: dict[str, int] = {}
     for system in FILE_SYSTEMS:
         wanted, seed = round(trials.wanted * system.share), trials.seed
-        counts[system.name] = 0
+        count = 0
         if reason := obstacle(system):
             trials.facts[f"not tried: {system.name}"] = reason
             continue
 
-        def enough(name: str = system.name, wanted: int = wanted) -> bool:
-            return counts[name] >= wanted or not trials.open
-
-        while not enough():
+        while count < wanted and trials.open:
             seed += 1
             home = trials.home / f"{system.name}{seed}"
             home.mkdir()
-            for wrong in try_states(home, system, seed=seed, enough=enough):
-                counts[system.name] += 1
+            for wrong in try_states(home, system, seed=seed):
+                count += 1
                 trials.check(not wrong, f"{system.name}, seed {seed}: {wrong}")
+                if count >= wanted or not trials.open:
+                    break
             remove(home)
+        counts[system.name] = count
     trials.facts["states"] = counts
 
 

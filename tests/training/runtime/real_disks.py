@@ -5,30 +5,43 @@ before entry n of the record, every write before the last flush is on the medium
 the states take all, a random subset, or a subset whose writes are torn at sectors. Each state is
 mounted, so that the file system recovers as after a real loss, and the store is opened on it.
 After Pillai et al., OSDI 2014, and the crash tests of xfstests with dm-log-writes.
+
+All of it runs as a program of its own, in a mount namespace of its own: a process that copied the
+namespace meanwhile (any sandbox does) would hold a file system mounted after it was unmounted here,
+and its late writes would land in the next state. It prints one JSON value per state.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.training.runtime.block_recorder import FLUSH, MARK, WRITE, read_log
-from tests.training.runtime.faults import FINGERPRINT, assert_is_example, example, open_store
+from tests.training.runtime.faults import (
+    FINGERPRINT,
+    QuietOps,
+    assert_is_example,
+    example,
+    open_store,
+)
 from training.runtime.atomic_io import FileOps
-from training.runtime.checkpoint import CheckpointStore
+from training.runtime.checkpoint import CheckpointStore, UnreadableCheckpoint
 
 ROOT = Path(__file__).parents[3]
-SET_FD, CLEAR_FD, GET_FREE = 0x4C00, 0x4C01, 0x4C82
+SET_FD, CLEAR_FD, SET_STATUS, GET_FREE = 0x4C00, 0x4C01, 0x4C04, 0x4C82
+AUTOCLEAR = 4
+LOOP_INFO = struct.Struct("<52xI176x")  # struct loop_info64 of <linux/loop.h>, its flags
 MODES = ("all", "subset", "torn")
 STEPS = range(1, 7)
 
@@ -67,6 +80,8 @@ def obstacle(system: FileSystem) -> str:
     """Why this file system cannot be tried here, "" if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "mounting needs root on Linux"
+    if shutil.which("unshare") is None:
+        return "no unshare"
     for path in ("/dev/loop-control", "/dev/fuse"):
         if not Path(path).exists():
             return f"no {path}"
@@ -101,6 +116,8 @@ def loop_device(disk: Path) -> Iterator[str]:
         try:
             fcntl.ioctl(device, SET_FD, backing)
             try:
+                # Also when this process is killed the device lets go of its file.
+                fcntl.ioctl(device, SET_STATUS, LOOP_INFO.pack(AUTOCLEAR))
                 yield name
             finally:
                 fcntl.ioctl(device, CLEAR_FD, 0)
@@ -213,6 +230,8 @@ def check_store(directory: Path, acknowledged: int) -> str:
     store = open_store(directory)
     try:
         found = store.load_newest()
+    except UnreadableCheckpoint as error:
+        return str(error)
     finally:
         store.close()
     step = 0 if found is None else found.step
@@ -228,23 +247,16 @@ def check_store(directory: Path, acknowledged: int) -> str:
     return ""
 
 
-def try_states(
-    home: Path,
-    system: FileSystem,
-    *,
-    seed: int,
-    ops: FileOps | None = None,
-    modes: tuple[str, ...] = MODES,
-    every: int = 1,
-    enough: Callable[[], bool] = lambda: False,
+def states(
+    home: Path, system: FileSystem, *, seed: int, every: int, flushed: bool
 ) -> Iterator[str]:
     """Save once, then lose power before every `every`-th entry in each mode; what is wrong."""
     rng = random.Random(seed)
-    first, entries = record(home, system, ops or FileOps())
+    first, entries = record(home, system, FileOps() if flushed else QuietOps())
     medium = Medium(home, first, entries)
-    while not enough():
+    while True:
         if medium.place % every == 0:
-            for mode in modes:
+            for mode in MODES:
                 medium.lose_power(mode, system.sector, rng)
                 yield check_state(medium, system)
         if medium.place == len(entries):
@@ -252,6 +264,34 @@ def try_states(
         medium.advance()
 
 
-def describe(entries: list[tuple[int, int, bytes]]) -> dict[str, Any]:
-    kinds = [kind for kind, _, _ in entries]
-    return {"writes": kinds.count(WRITE), "flushes": kinds.count(FLUSH)}
+def try_states(
+    home: Path, system: FileSystem, *, seed: int, every: int = 1, flushed: bool = True
+) -> Iterator[str]:
+    """`states` in a process of its own; RuntimeError when that fails. `home` must be empty."""
+    command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", __name__]
+    arguments = [str(home), system.name, str(seed), str(every), str(int(flushed))]
+    with subprocess.Popen(
+        [*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+        except GeneratorExit:
+            process.terminate()
+            raise
+    if process.returncode != 0:
+        raise RuntimeError(f"{system.name}, seed {seed}: ended with {process.returncode}")
+
+
+if __name__ == "__main__":
+    place, chosen, seed_text, every_text, flushed_text = sys.argv[1:]
+    tried = states(
+        Path(place),
+        next(system for system in FILE_SYSTEMS if system.name == chosen),
+        seed=int(seed_text),
+        every=int(every_text),
+        flushed=bool(int(flushed_text)),
+    )
+    for result in tried:
+        print(json.dumps(result), flush=True)
