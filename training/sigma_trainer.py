@@ -389,7 +389,7 @@ class SigmaTrainer:
         try:
             self.services.audit.close()
             self.stream.close()
-            self.services.store.close()
+            self.services.saves.close()
         finally:
             self.services.recorder.close()
 

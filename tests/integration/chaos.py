@@ -159,6 +159,7 @@ class Tormentor:
             "truncated_file": lambda: self.damage(truncate),
             "torn_metrics": self.tear_metrics,
             "kill_in_a_save": self.kill_in_a_save,
+            "unexpected_exception": lambda: self.order("bug", "1"),
         }
         self.mild: dict[str, Callable[[], None]] = {
             "save_file": lambda: (self.life.run / "SAVE").touch(),
@@ -172,7 +173,7 @@ class Tormentor:
         }
 
     def strike(self) -> str:
-        """One fault; of 33 in a row nine end the process."""
+        """One fault; of 34 in a row ten end the process."""
         if not self.deck:
             self.deck = [*self.faults, *self.mild, *self.mild, *self.mild]
             self.draw.shuffle(self.deck)

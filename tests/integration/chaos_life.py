@@ -46,7 +46,7 @@ def take(path: Path) -> str:
 
 
 class Card(Feature):
-    """What the hardware does to a step; `weights` in the folder makes the next weights NaN.
+    """What the hardware does to a step; `weights` in the folder makes a weight NaN, `bug` fails.
 
     The pace is kept by the clock of the whole run: what a step computes is part of its time. With
     a file `limit` no step above the number in it begins, and with `last` that one ends the run.
@@ -90,7 +90,9 @@ class Card(Feature):
         times = f"{self.begun:.4f} {time.monotonic():.4f} {self.cpu:.2f}"
         self.steps.write(f"{os.getpid()} {ctx.step} {times}\n")
         if take(self.home / "weights"):
-            next(ctx.model.parameters()).view(-1)[0] = float("nan")
+            next(ctx.model.parameters()).data.view(-1)[0] = float("nan")
+        if take(self.home / "bug"):
+            raise RuntimeError("a bug that nobody knew of")
         if self.number("last") == ctx.step:
             (self.output_dir / "STOP").touch()
         return False
