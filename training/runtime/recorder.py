@@ -106,7 +106,9 @@ class RunRecorder:
         self._write(row)
         self.display.update(row)
 
-    def write_sample(self, step: int, text: str) -> None:
+    def write_sample(self, step: int, text: str | None) -> None:
+        if text is None:
+            return
         line = json.dumps({"step": step, "text": text}, ensure_ascii=True)
         with (self.output_dir / "samples.jsonl").open("a", encoding="utf-8", newline="\n") as file:
             file.write(line + "\n")
