@@ -54,6 +54,7 @@ from training.runtime.report_html import write_report
 from training.runtime.report_refresh import ReportRefresher
 from training.runtime.restore import find_candidates
 from training.runtime.save_schedule import SaveSchedule
+from training.runtime.spill import watch_for_spill
 from training.runtime.startup_audit import check_symbols
 from training.runtime.state_tree import join_state
 from training.runtime.ui import RunDisplay
@@ -61,6 +62,7 @@ from training.runtime.watchdog import HangWatchdog
 from training.sigma_trainer import SigmaTrainer
 from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte
 from training.sources.registry import source_specs
+from training.spare_memory import within_memory
 from training.stream.batch import BatchStream
 from training.stream.contamination import ContaminationIndex
 from training.stream.open_stream import deciding_flags, open_stream
@@ -140,29 +142,49 @@ def build_optimizer(config: SigmaConfig, model: nn.Module) -> OptimizerSet:
 
 
 def build_evaluator(
-    config: SigmaConfig, corpus: TokenCorpus, device: torch.device
-) -> Callable[[nn.Module], EvalResult]:
-    """Bits per byte on the first `--eval-tokens` of the validation split (0 = all of it)."""
+    config: SigmaConfig,
+    corpus: TokenCorpus,
+    device: torch.device,
+    *,
+    say: Callable[[str], object],
+) -> Callable[[nn.Module], dict[str, float | None]]:
+    """Loss and bits per byte on the first `--eval-tokens` of the validation split (0 = all of it),
+    None each when there was no memory for it."""
 
-    def evaluate(model: nn.Module) -> EvalResult:
-        batches = validation_batches(
-            corpus,
-            seq_len=config.data.seq_len,
-            batch_size=max(1, EVAL_BATCH_TOKENS // config.data.seq_len),
-            max_tokens=config.eval.eval_tokens or None,
-        )
-        return evaluate_bpb(model, batches, device=device, autocast=build_autocast(config, device))
+    def evaluate(model: nn.Module) -> dict[str, float | None]:
+        def measure(rows: int) -> EvalResult:
+            batches = validation_batches(
+                corpus,
+                seq_len=config.data.seq_len,
+                batch_size=rows,
+                max_tokens=config.eval.eval_tokens or None,
+            )
+            autocast = build_autocast(config, device)
+            return evaluate_bpb(model, batches, device=device, autocast=autocast)
+
+        most = max(1, EVAL_BATCH_TOKENS // config.data.seq_len)
+        result = within_memory(measure, rows=most, what="evaluation", say=say)
+        known = result is not None
+        return {
+            "eval_loss": result.loss if known else None,
+            "eval_bpb": result.bpb if known else None,
+        }
 
     return evaluate
 
 
 def build_sampler(
-    config: SigmaConfig, tokenizer: Tokenizer, device: torch.device
-) -> Callable[[nn.Module], str]:
-    """Text the model writes after `--sample-prompt`, from its own generator at every call."""
+    config: SigmaConfig,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    *,
+    say: Callable[[str], object],
+) -> Callable[[nn.Module], str | None]:
+    """Text the model writes after `--sample-prompt`, from its own generator at every call; None
+    when there was no memory for it."""
     prompt = [tokenizer.end_id, *tokenizer.encode(config.eval.sample_prompt)]
 
-    def sample(model: nn.Module) -> str:
+    def write(model: nn.Module) -> str:
         tokens = generate(
             model,
             torch.tensor([prompt], device=device),
@@ -174,7 +196,7 @@ def build_sampler(
         )
         return tokenizer.decode(tokens[0, 1:].tolist())
 
-    return sample
+    return lambda model: within_memory(lambda _: write(model), rows=1, what="sample", say=say)
 
 
 def build_autocast(
@@ -195,7 +217,11 @@ def build_store(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) 
 
 
 def build_memory_guard(
-    config: SigmaConfig, plan: MicroBatchPlan, display: RunDisplay, device: torch.device
+    config: SigmaConfig,
+    plan: MicroBatchPlan,
+    stream: BatchStream,
+    display: RunDisplay,
+    device: torch.device,
 ) -> MemoryGuard:
     return MemoryGuard(
         soft=config.run.memory_soft_limit,
@@ -203,6 +229,8 @@ def build_memory_guard(
         read=lambda: read_memory(device),
         say=display.message,
         can_shrink=lambda: plan.can_halve,
+        shrink_prefetch=stream.shrink_prefetch,
+        spill=watch_for_spill(device, display.message),
     )
 
 
@@ -250,12 +278,13 @@ def build_trainer(
     plan = MicroBatchPlan(
         batch_size=config.data.batch_size, accumulation=config.data.grad_accum_steps
     )
+    stream = build_stream(config, tokenizer, corpus)
     services = RunServices(
         clock=build_clock(config, display, device),
         store=store,
         saves=SaveSchedule(store, interval=config.run.save_interval, say=display.message),
         plan=plan,
-        memory=build_memory_guard(config, plan, display, device),
+        memory=build_memory_guard(config, plan, stream, display, device),
         watchdog=HangWatchdog(
             output_dir, timeout_s=config.run.hang_timeout_sec, say=display.message
         ),
@@ -265,8 +294,8 @@ def build_trainer(
             device.type, enabled=autocast_dtype(config, device) is torch.float16
         ),
         autocast=autocast,
-        evaluate=build_evaluator(config, corpus, device),
-        sample=build_sampler(config, tokenizer, device),
+        evaluate=build_evaluator(config, corpus, device, say=display.message),
+        sample=build_sampler(config, tokenizer, device, say=display.message),
         on_open=lambda: (write_resolved(config, output_dir), guards.open()),
         report=ReportRefresher(write_report, say=display.message),
         forward_model=compile_model(config, model),
@@ -278,7 +307,7 @@ def build_trainer(
         config,
         model=model,
         optimizer=build_optimizer(config, model),
-        stream=build_stream(config, tokenizer, corpus),
+        stream=stream,
         features=feature_set,
         services=services,
         device=device,

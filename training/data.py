@@ -230,6 +230,9 @@ class TokenStream:
     def take_messages(self) -> list[str]:
         return []
 
+    def shrink_prefetch(self) -> bool:
+        return False
+
     def close(self) -> None:
         """Nothing is held open."""
 

@@ -34,10 +34,15 @@ class Verdict(Enum):
 
 @dataclass(slots=True)
 class NonFiniteGuard:
-    """Counts failed attempts of the current step; active from the first step on."""
+    """Counts failed attempts of the current step; active from the first step on.
+
+    rollbacks: without a finite step beyond the furthest one that failed, which is what makes them
+    hopeless; over weeks any number of them may be needed, each for a reason of its own.
+    """
 
     consecutive_failures: int = 0
     rollbacks: int = 0
+    furthest_failure: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
     restored_from: int | None = None
 
@@ -56,6 +61,8 @@ class NonFiniteGuard:
         """
         if finite:
             self.consecutive_failures = 0
+            if step > self.furthest_failure:
+                self.rollbacks = 0
             return Verdict.APPLY
         self.skipped.append({"step": step, "position": position})
         self.consecutive_failures += 1
@@ -67,6 +74,7 @@ class NonFiniteGuard:
     def _count_rollback(self, step: int) -> None:
         self.consecutive_failures = 0
         self.rollbacks += 1
+        self.furthest_failure = max(self.furthest_failure, step)
         if self.rollbacks > ROLLBACKS_BEFORE_GIVING_UP:
             raise RuntimeError(
                 f"step {step} stays non-finite after {ROLLBACKS_BEFORE_GIVING_UP} rollbacks; "

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from training.audit import RunAudit
-from training.evaluation import EvalResult
 from training.micro_batch import MicroBatchPlan
 from training.probe import Probe
 from training.runtime.checkpoint import CheckpointStore
@@ -30,9 +29,10 @@ class RunServices:
     clock: times the phases of a step. saves: when to save, and what becomes of a save that fails.
     plan: rows per micro-batch; short memory makes it finer. memory, watchdog: asked for relief, and
     told that the run is alive, at every step. audit: guards that watch and never steer. autocast:
-    context of every forward. sample: text the model writes now. on_open: called once the run
-    directory is locked (the resolved settings). report: refreshed after saves. forward_model: the
-    model, or its compiled form. probe: held-out training text, where a feature decides by it.
+    context of every forward. evaluate, sample: columns of an evaluation, and text the model writes
+    now; None without memory. on_open: called once the run directory is locked (the resolved
+    settings). report: refreshed after saves. forward_model: the model, or its compiled form.
+    probe: held-out training text, where a feature decides by it.
     """
 
     clock: PhaseClock
@@ -45,8 +45,8 @@ class RunServices:
     audit: RunAudit
     scaler: torch.amp.GradScaler
     autocast: Callable[[], AbstractContextManager[Any]]
-    evaluate: Callable[[nn.Module], EvalResult]
-    sample: Callable[[nn.Module], str]
+    evaluate: Callable[[nn.Module], dict[str, float | None]]
+    sample: Callable[[nn.Module], str | None]
     on_open: Callable[[], object]
     report: ReportRefresher
     forward_model: Callable[..., Any]

@@ -265,8 +265,7 @@ class SigmaTrainer:
             recorder.display.message(message)
         extra: dict[str, Any] = {"eval_loss": None, "eval_bpb": None}
         if last or is_due(self.step, evaluation.eval_interval):
-            result = self.services.evaluate(self.model)
-            extra = {"eval_loss": result.loss, "eval_bpb": result.bpb}
+            extra |= self.services.evaluate(self.model)
         if last or is_due(self.step, evaluation.sample_interval):
             recorder.write_sample(self.step, self.services.sample(self.model))
         if self._is_log_step(self.step) or extra["eval_bpb"] is not None:
@@ -390,7 +389,7 @@ class SigmaTrainer:
             self.clock.close()
             self.services.audit.close()
             self.stream.close()
-            self.services.store.close()
+            self.services.saves.close()
         finally:
             self.services.recorder.close()
 

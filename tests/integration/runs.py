@@ -66,8 +66,14 @@ def differences(first: Path, second: Path) -> list[str]:
 
     Wall-clock columns are left out; everything else must agree to the last bit.
     """
-    found = []
     one, two = newest_checkpoint(first), newest_checkpoint(second)
+    return checkpoint_differences(one, two, rows=row_differences(first, second))
+
+
+def checkpoint_differences(one: Path, two: Path, *, rows: list[int]) -> list[str]:
+    """`differences` of two checkpoints, with the steps whose rows differ between tensors and
+    cursor."""
+    found = []
     for path in sorted(one.glob("*.safetensors")):
         ours, theirs = _tensors(path), _tensors(two / path.name)
         if ours.keys() != theirs.keys():
@@ -77,7 +83,7 @@ def differences(first: Path, second: Path) -> list[str]:
             for name in ours
             if ours[name].dtype != theirs[name].dtype or not _same_bits(ours[name], theirs[name])
         ]
-    found += [f"row {row}" for row in _row_differences(first, second)]
+    found += [f"row {row}" for row in rows]
     streams = [_stream_position(path) for path in (one, two)]
     return found + ([] if streams[0] == streams[1] else ["stream position"])
 
@@ -87,9 +93,9 @@ def metrics_rows(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def _row_differences(first: Path, second: Path) -> list[int]:
+def row_differences(first: Path, second: Path, *, last: int = 2**62) -> list[int]:
     ours, theirs = (_comparable(metrics_rows(path)) for path in (first, second))
-    steps = sorted({*ours, *theirs})
+    steps = sorted(step for step in {*ours, *theirs} if step <= last)
     return [step for step in steps if ours.get(step) != theirs.get(step)]
 
 

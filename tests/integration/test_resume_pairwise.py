@@ -10,9 +10,20 @@ import shutil
 
 import pytest
 
-from tests.integration.runs import differences, tiny_flags, train
+from tests.integration.lives import begin_life, reap
+from tests.integration.runs import (
+    checkpoint_differences,
+    differences,
+    row_differences,
+    stop_after,
+    tiny_flags,
+    train,
+)
+from training.build import build_trainer
+from training.config.cli import parse_args
 from training.config.fields import iter_flags
 from training.config.sigma_config import SigmaConfig
+from training.features import FEATURES
 
 STEPS = 12
 OPTIMIZERS = next(f for f in iter_flags(SigmaConfig) if f.name == "--optimizer").rule.choices
@@ -90,6 +101,45 @@ def resume_differences(home, flags, step):
     return differences(whole, resumed)
 
 
+def every_resume(home, flags, *, steps=64):
+    """(step, differences) of a run that is resumed at each step and does the next one.
+
+    What it then saves is compared with what the whole run saved there, which is all that decides
+    the rest; so exact single steps make exact runs. The trainer is built once and forked.
+    """
+    settings = (
+        "--steps", str(steps), "--eval-interval", "0", "--ema-start-fraction", "0.2",
+        "--sample-interval", "0", *flags,
+    )  # fmt: skip
+    whole, resumed = home / "whole", home / "resumed"
+    train(tiny_flags(whole, *settings, "--save-interval", "1"))
+    target = [0]
+
+    class StopAtTarget(stop_after(0, resumed)):
+        def after_step(self, ctx):
+            if ctx.step == target[0]:
+                (resumed / "STOP").touch()
+            return False
+
+    config = parse_args(tiny_flags(resumed, *settings, "--save-interval", str(steps)))
+    trainer = build_trainer(config, features=(*FEATURES, StopAtTarget))
+    for step in range(1, steps):
+        target[0] = step + 1
+        shutil.rmtree(resumed, ignore_errors=True)
+        start, end = (f"checkpoint_step_{number:08d}" for number in (step, step + 1))
+
+        def other(directory, names, start=start):
+            return [n for n in names if n.startswith("checkpoint_step_") and n != start]
+
+        shutil.copytree(whole, resumed, ignore=other)
+        if reap(begin_life(trainer)) != 0:
+            yield step, ["the resumed run failed"]
+            continue
+        rows = row_differences(whole, resumed, last=step + 1)
+        one, two = (path / "checkpoints" / end for path in (whole, resumed))
+        yield step, checkpoint_differences(one, two, rows=rows)
+
+
 def test_every_pair_of_choices_is_in_some_row():
     covered = set().union(*(pairs_of(row) for row in covering_rows(CHOICES)))
     count = 0
@@ -116,5 +166,14 @@ def test_every_optimizer_resumes(ram_path, name):
 @pytest.mark.soak
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_resumed_at_every_step(ram_path, name):
-    for step in range(1, STEPS):
-        assert resume_differences(ram_path, CONFIGURATIONS[name], step) == []
+    for step, found in every_resume(ram_path, CONFIGURATIONS[name]):
+        assert found == [], step
+
+
+@pytest.mark.soak
+def test_a_resume_that_forgets_is_noticed_at_every_step(ram_path, monkeypatch):
+    """Negative control of the single steps: the stream starts anew."""
+    broken = "training.data.TokenStream.load_state_dict"
+    monkeypatch.setattr(broken, lambda *args, **kwargs: None)
+    flags = next(iter(CONFIGURATIONS.values()))
+    assert all(found for _, found in every_resume(ram_path, flags, steps=6))

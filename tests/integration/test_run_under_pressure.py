@@ -6,7 +6,9 @@ import os
 import threading
 
 import pytest
+import torch
 
+import training.build
 from tests.integration.runs import differences, metrics_rows, newest_checkpoint, tiny_flags, train
 from training.build import build_trainer
 from training.config.cli import parse_args
@@ -36,7 +38,7 @@ def test_smaller_micro_batches_train_the_same_step(tmp_path):
     pressed_trainer(tmp_path / "run", [0.92, 0.92, 0.5], "--dropout", "0").fit()
     rows = metrics_rows(tmp_path / "run")
     assert [row["micro_batch_rows"] for row in rows[1:]] == [2, 2, 1, 1, 1, 1]
-    assert [row["memory_guard_stage"] for row in rows[1:]] == [0, 1, 2, 0, 0, 0]
+    assert [row["memory_guard_stage"] for row in rows[1:]] == [0, 1, 3, 0, 0, 0]
     train(tiny_flags(tmp_path / "plain", *FLAGS, "--dropout", "0"))
     plain = metrics_rows(tmp_path / "plain")
     for ours, theirs in zip(rows[1:], plain[1:], strict=True):
@@ -73,6 +75,33 @@ def test_a_full_disk_costs_no_step(tmp_path):
     trainer.fit()
     train(tiny_flags(tmp_path / "plain", *FLAGS))
     assert differences(tmp_path / "plain", tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("largest", [2, 0])
+def test_an_evaluation_without_memory_costs_no_run(tmp_path, monkeypatch, largest):
+    """More than `largest` rows do not fit; the figure is that of a run with memory, or missing."""
+
+    def evaluate(model, batches, *, measure=training.build.evaluate_bpb, **named):
+        def fitting():
+            for batch in batches:
+                if len(batch.input_ids) > largest:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                yield batch
+
+        return measure(model, fitting(), **named)
+
+    flags = (*FLAGS, "--eval-interval", "3", "--eval-tokens", "320")
+    train(tiny_flags(tmp_path / "plain", *flags))
+    monkeypatch.setattr("training.build.evaluate_bpb", evaluate)
+    train(tiny_flags(tmp_path / "run", *flags))
+    ours, theirs = (metrics_rows(tmp_path / name) for name in ("run", "plain"))
+    for row, other in zip(ours[1:], theirs[1:], strict=True):
+        assert row["train_loss"] == other["train_loss"]
+        if other["eval_bpb"] is None or not largest:
+            assert row["eval_bpb"] is None
+        else:
+            assert row["eval_bpb"] == pytest.approx(other["eval_bpb"], rel=1e-6)
+    assert any(row["eval_bpb"] is not None for row in theirs[1:])
 
 
 def test_a_step_that_never_ends_leaves_its_stacks(tmp_path):

@@ -28,6 +28,20 @@ def test_endless_failure_ends_the_run():
             guard.judge(finite=False, step=3, position={})
 
 
+def test_rollbacks_that_helped_are_forgiven():
+    """Weeks bring more than three accidents; only those without progress between them count."""
+    guard = NonFiniteGuard()
+    for step in range(10, 500, 10):
+        assert guard.judge_state(finite=False, step=step) is Verdict.RESTORE
+        for again in range(step - 5, step + 2):
+            assert guard.judge(finite=True, step=again, position={}) is Verdict.APPLY
+    with pytest.raises(RuntimeError, match="step 500"):
+        for _ in range(4):
+            guard.judge_state(finite=False, step=500)
+            for again in range(495, 501):  # as far as before, and no further
+                guard.judge(finite=True, step=again, position={})
+
+
 def test_damaged_weights_are_restored_once_and_then_get_new_data():
     guard = NonFiniteGuard()
     assert guard.judge_state(finite=True, step=5) is Verdict.APPLY

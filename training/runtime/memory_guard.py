@@ -2,7 +2,8 @@
 
 Watched are the process against the machine's memory, the control group against its limit, and
 what tensors hold on the device against its size. Above the soft share measures are taken one per
-check, mildest first: clear caches, then smaller micro-batches at equal effective batch. Above the
+check, mildest first: clear caches, keep less data waiting, then smaller micro-batches at equal
+effective batch. Above the
 hard share the caches are cleared at once, and if that does not help the run saves and ends.
 What the device allocator keeps in reserve does not count: it is there to be reused.
 """
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from training.runtime.spill import SpillWatch
 
 CHECK_INTERVAL_S = 1.0
 MEASURE_INTERVAL_S = 10.0
@@ -45,12 +48,13 @@ class Reading:
 
 
 class Relief(IntEnum):
-    """What a check asks for, mildest first; the guard itself clears caches."""
+    """What a check asks for, mildest first; the guard itself does the first two."""
 
     NONE = 0
     CLEARED = 1
-    SMALLER_MICRO_BATCH = 2
-    SAVE_AND_STOP = 3
+    SMALLER_PREFETCH = 2
+    SMALLER_MICRO_BATCH = 3
+    SAVE_AND_STOP = 4
 
 
 class MemoryLimitReached(RuntimeError):
@@ -66,8 +70,10 @@ class MemoryLimitReached(RuntimeError):
 class MemoryGuard:
     """Reads memory at most once a second and says which measure is due.
 
-    read: what is in use now. say: told what is done about it. can_shrink: whether a micro-batch
-    can still be made smaller. stage: the last measure, NONE while memory is below the soft share.
+    read: what is in use now. say: told what is done about it. shrink_prefetch: lets less data
+    wait, False where it has been down to the least. can_shrink: whether a micro-batch can still be
+    made smaller. spill: asked at every step. stage: the last measure, NONE while memory is below
+    the soft share.
     """
 
     def __init__(
@@ -78,6 +84,8 @@ class MemoryGuard:
         read: Callable[[], Sequence[Reading]],
         say: Callable[[str], object],
         can_shrink: Callable[[], bool],
+        shrink_prefetch: Callable[[], bool] = lambda: False,
+        spill: SpillWatch | None = None,
         clear: Callable[[], object] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,12 +94,16 @@ class MemoryGuard:
         self._read = read
         self._say = say
         self._can_shrink = can_shrink
+        self._shrink_prefetch = shrink_prefetch
+        self._spill = spill
         self._clear = clear or clear_caches
         self._now = now
         self._next_check = self._next_measure = now()
 
     def check(self) -> Relief:
-        """The measure that was taken (CLEARED) or that the caller has to take now."""
+        """The measure that was taken, or that the caller has to take (a smaller micro-batch)."""
+        if self._spill is not None:
+            self._spill.check()
         now = self._now()
         if now < self._next_check:
             return Relief.NONE
@@ -107,6 +119,10 @@ class MemoryGuard:
         self._next_measure = now + MEASURE_INTERVAL_S
         # Freed memory shows only once it is given back, so every measure is followed by that.
         if self.stage is Relief.CLEARED:
+            if self._shrink_prefetch():
+                self._say("[MEMORY GUARD] Keeping less data waiting...")
+                self.stage = Relief.SMALLER_PREFETCH
+                return self.stage
             if not self._can_shrink():
                 return Relief.NONE
             self.stage = Relief.SMALLER_MICRO_BATCH

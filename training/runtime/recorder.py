@@ -110,7 +110,9 @@ class RunRecorder:
         self.display.update(row)
         clock.add("metrics", time.perf_counter() - start)
 
-    def write_sample(self, step: int, text: str) -> None:
+    def write_sample(self, step: int, text: str | None) -> None:
+        if text is None:
+            return
         line = json.dumps({"step": step, "text": text}, ensure_ascii=True)
         with (self.output_dir / "samples.jsonl").open("a", encoding="utf-8", newline="\n") as file:
             file.write(line + "\n")

@@ -72,6 +72,11 @@ class SaveSchedule:
         except CheckpointError as error:
             self._failed(error)
 
+    def close(self) -> None:
+        """Settle and give up the directory; what ended the run is not hidden by a failed save."""
+        self.settle()
+        self._store.close()
+
     def save_last(self, save: Callable[[], object]) -> None:
         """Run the final `save`, again while the disk is full; CheckpointError after ten minutes."""
         waited = 0.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -28,6 +28,38 @@ _CLOSING = b"\nthe window is closing: saving after this step\n"
 _SECOND = b"\nexiting at once; the last saved checkpoint is intact\n"
 
 
+class SignalHandlers:
+    """While entered, `receive` handles the signals of these names that this system has.
+
+    In the main thread only: elsewhere Python cannot, and nothing is changed.
+    """
+
+    def __init__(
+        self, receive: Callable[[int, FrameType | None], None], *, names: Sequence[str]
+    ) -> None:
+        self._receive, self._names = receive, names
+        self._previous: dict[int, Callable[..., Any] | int | None] = {}
+
+    def __enter__(self) -> SignalHandlers:
+        if threading.current_thread() is threading.main_thread():
+            for name in self._names:
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None: a handler that was not set from Python cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+
 class StopRequest:
     """While entered, turns signals and request files into values the loop reads per step.
 
@@ -39,7 +71,7 @@ class StopRequest:
         self._files = {name: _RequestFile(output_dir / name) for name in (STOP_NAME, SAVE_NAME)}
         self._requested = False
         self._signalled = False
-        self._previous: dict[int, Callable[..., Any] | int | None] = {}
+        self._handlers = SignalHandlers(self._receive, names=SIGNAL_NAMES)
         self._close = ConsoleClose(self._receive_close)
 
     @property
@@ -54,11 +86,8 @@ class StopRequest:
         return self._files[SAVE_NAME].take()
 
     def __enter__(self) -> StopRequest:
+        self._handlers.__enter__()
         if threading.current_thread() is threading.main_thread():
-            for name in SIGNAL_NAMES:
-                number = getattr(signal, name, None)
-                if number is not None:
-                    self._previous[number] = signal.signal(number, self._receive)
             # After the signals: Windows asks the newest handler first, and the C library's own
             # would take a closing window for Ctrl+Break and not wait.
             self._close.__enter__()
@@ -70,10 +99,7 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._previous.items():
-            # None: a handler that was not set from Python cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous.clear()
+        self._handlers.__exit__(kind, error, trace)
         self._close.__exit__(kind, error, trace)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -21,7 +20,7 @@ from typing import Any
 
 from training.config.sigma_config import SigmaConfig
 from training.runtime.atomic_io import FileOps, read_file
-from training.runtime.signals import SIGNAL_NAMES, STOP_NAME
+from training.runtime.signals import SIGNAL_NAMES, STOP_NAME, SignalHandlers
 
 MARK = "SIGMA_SUPERVISED"
 OWN_EXIT_CODES = frozenset({0, 1, 2, 130})
@@ -65,14 +64,10 @@ class HandedOn:
         self.child: subprocess.Popen[bytes] | None = None
         self._stop = output_dir / STOP_NAME
         self._asked = False
-        self._previous: dict[int, Any] = {}
+        self._handlers = SignalHandlers(self._receive, names=(*SIGNAL_NAMES, "SIGHUP"))
 
     def __enter__(self) -> HandedOn:
-        if threading.current_thread() is threading.main_thread():
-            for name in (*SIGNAL_NAMES, "SIGHUP"):
-                number = getattr(signal, name, None)
-                if number is not None:
-                    self._previous[number] = signal.signal(number, self._receive)
+        self._handlers.__enter__()
         return self
 
     def __exit__(
@@ -81,8 +76,7 @@ class HandedOn:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers.__exit__(kind, error, trace)
         if self._asked:
             self._stop.unlink(missing_ok=True)  # or the next run would obey it
 

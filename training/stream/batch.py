@@ -60,6 +60,10 @@ class BatchStream(Protocol):
         """What a person should read, said since the last call."""
         ...
 
+    def shrink_prefetch(self) -> bool:
+        """Keep less waiting in memory from now on; False where there is nothing to give up."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -167,6 +167,9 @@ class MixedStream:
         messages, self._messages = self._messages, []
         return messages
 
+    def shrink_prefetch(self) -> bool:
+        return any([reader.shrink_prefetch() for reader in self._readers.values()])
+
     def close(self) -> None:
         """Stop the readers, each after the read it is in."""
         for reader in self._readers.values():

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.sources.base import JSON, DocumentSource, SourceError, SourceExhausted
 from training.stream.breaker import CircuitBreaker
@@ -151,6 +151,15 @@ class SourceReader:
         with self._changed:
             self._released = number
             self._changed.notify_all()
+
+    def shrink_prefetch(self) -> bool:
+        """Half as much read ahead and tokenized at once; False when it is the least already.
+
+        What is made stays the same; shards that wait are not dropped, but not replaced either.
+        """
+        in_flight = self._settings.chunks_in_flight
+        self._settings = replace(self._settings, chunks_in_flight=max(1, in_flight // 2))
+        return self.store.shrink() or in_flight > 1
 
     def step(self) -> float:
         """Do one unit of work; seconds until the next one can do more (0 = at once)."""

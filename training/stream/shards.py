@@ -83,6 +83,10 @@ class ShardStore(Protocol):
         """Documents that wait to be consumed."""
         ...
 
+    def shrink(self) -> bool:
+        """Let half as much wait in memory; False where no less can."""
+        ...
+
     def clear(self) -> None:
         """Forget what is in memory; files stay."""
         ...
@@ -120,6 +124,11 @@ class MemoryStore:
     def depth(self) -> int:
         with self._lock:
             return sum(len(shard) for shard in self._shards.values())
+
+    def shrink(self) -> bool:
+        with self._lock:
+            before, self._limit = self._limit, self._limit // 2
+        return before > 0
 
     def clear(self) -> None:
         with self._lock:
@@ -195,6 +204,9 @@ class SpoolStore:
     def depth(self) -> int:
         with self._lock:
             return sum(self._unread.values())
+
+    def shrink(self) -> bool:
+        return False  # what waits is in files
 
     def clear(self) -> None:
         with self._lock:

@@ -43,9 +43,12 @@ for line in sys.stdin:
         open("/proc/self/oom_score_adj", "w").write(adjust)
     print(json.dumps(found), flush=True)
 """
-# What a plain subprocess with a time limit is: no lock, everything inherited, one SIGTERM.
+# What a plain subprocess with a time limit is: no lock, everything inherited, one SIGTERM. Its
+# limit is one of CPU time, so that a busy machine does not end an attempt that would succeed.
+CONTROL_STUCK_S = 1800
 CONTROL = """
-import json, sys
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 job = json.load(sys.stdin)
 names = {}
 exec(job["program"], names)
@@ -171,7 +174,7 @@ class Scene:
             cwd=folder,
             env={**os.environ, "SIGMA_CANARY": self.canary},
             close_fds=False,
-            timeout=60,
+            timeout=CONTROL_STUCK_S,
         )
         return run.stdout
 

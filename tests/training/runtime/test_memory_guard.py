@@ -29,6 +29,7 @@ class Machine:
     def __init__(self, *, used: int = 0, freed: int = 0, can_shrink: bool = True) -> None:
         self.used, self.freed, self.can_shrink = used, freed, can_shrink
         self.seconds, self.cleared, self.said = 0.0, 0, []
+        self.prefetched = 0
         self.guard = MemoryGuard(
             soft=0.90,
             hard=0.97,
@@ -38,9 +39,14 @@ class Machine:
             ],
             say=self.said.append,
             can_shrink=lambda: self.can_shrink,
+            shrink_prefetch=self.shrink_prefetch,
             clear=self.clear,
             now=lambda: self.seconds,
         )
+
+    def shrink_prefetch(self) -> bool:
+        self.prefetched -= 1
+        return self.prefetched >= 0
 
     def clear(self) -> None:
         self.cleared += 1
@@ -69,6 +75,21 @@ def test_measures_are_taken_mildest_first_and_one_at_a_time() -> None:
     quiet = len(machine.said)
     assert [machine.check() for _ in range(5)] == [Relief.NONE] * 5
     assert len(machine.said) == quiet
+
+
+def test_less_data_waits_before_a_micro_batch_is_made_smaller() -> None:
+    machine = Machine(used=920)
+    machine.prefetched = 2
+    measures = [machine.check() for _ in range(6)]
+    assert measures == [
+        Relief.CLEARED,
+        Relief.SMALLER_PREFETCH,
+        Relief.CLEARED,
+        Relief.SMALLER_PREFETCH,
+        Relief.CLEARED,
+        Relief.SMALLER_MICRO_BATCH,
+    ]
+    assert sum("less data" in line for line in machine.said) == 2
 
 
 def test_when_clearing_helps_no_micro_batch_is_made_smaller() -> None:

@@ -140,3 +140,16 @@ def test_settling_says_what_failed_and_plans_the_next_attempt(ram_path: Path) ->
     assert bench.schedule.is_due(4, requested=False)
     assert bench.save(4) and not bench.schedule.is_due(5, requested=False)
     bench.store.close()
+
+
+def test_a_failed_save_does_not_hide_what_ended_the_run(ram_path: Path) -> None:
+    """The close of a failing run: the pending save failed as well, and is only said."""
+    bench = Bench(ram_path)
+    bench.ops.full = True
+    bench.save(1)
+    bench.schedule.close()
+    assert any("not written" in line for line in bench.said)
+    bench.ops.full = False
+    again = open_store(ram_path)  # the directory was given up
+    again.save(2, {"model": {"w": torch.ones(1)}}, {}, block=True)
+    again.close()

@@ -1,0 +1,247 @@
+"""R25: breaks the crash-safety modules one small way at a time, and counts what no test notices.
+
+`python -m scripts.mutants --minutes 30 --seed 0` makes mutants (a comparison turned, a condition
+negated, a call left out, a constant shifted, a return emptied) of checkpoint, manifest, restore,
+file operations, locks and verdict, and runs the tests of that module against each in a fork of
+this process, until one fails. Survivors are listed with their line in
+`bench/results/reliability_r25.json`. A mutant that makes the tests hang is killed: it is noticed.
+After DeMillo, Lipton and Sayward 1978; the operators are the sufficient set of Offutt et al. 1996.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 240.0
+RUNTIME = "tests/training/runtime"
+STORE_TESTS = (
+    f"{RUNTIME}/test_checkpoint.py", f"{RUNTIME}/test_atomic_io.py",
+    f"{RUNTIME}/test_checkpoint_faults.py", f"{RUNTIME}/test_power_loss.py",
+    f"{RUNTIME}/test_checkpoint_corruption.py", f"{RUNTIME}/test_save_schedule.py",
+)  # fmt: skip
+TESTS: dict[str, tuple[str, ...]] = {
+    "training.runtime.checkpoint": STORE_TESTS,
+    "training.runtime.manifest": STORE_TESTS,
+    "training.runtime.restore": STORE_TESTS,
+    "training.runtime.atomic_io": (
+        f"{RUNTIME}/test_atomic_io.py", f"{RUNTIME}/test_windows_retries.py", *STORE_TESTS,
+    ),
+    "training.runtime.locks": (
+        f"{RUNTIME}/test_locks_and_signals.py", f"{RUNTIME}/test_run_lock_race.py",
+    ),
+    "training.rl.verdict": ("tests/training/rl/test_verdict.py",),
+}  # fmt: skip
+TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+}  # fmt: skip
+SWAPPED: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult,
+    ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
+}  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Mutant:
+    """A module with one change, and where the change is."""
+
+    module: str
+    line: int
+    what: str
+    tree: ast.Module
+
+
+def mutants_of(module: str, source: str) -> Iterator[Mutant]:
+    """All mutants of a module's source; docstrings, annotations and messages stay."""
+    tree = ast.parse(source)
+    for number, node in enumerate(ast.walk(tree)):
+        for choice, what in enumerate(describe_changes(node)):
+            changed = copy.deepcopy(tree)
+            target = next(n for place, n in enumerate(ast.walk(changed)) if place == number)
+            change(target, choice)
+            line = getattr(node, "lineno", 0)
+            yield Mutant(
+                module=module, line=line, what=what, tree=ast.fix_missing_locations(changed)
+            )
+
+
+def describe_changes(node: ast.AST) -> list[str]:
+    """What can be changed about a node, in the order in which `change` counts."""
+    match node:
+        case ast.Compare(ops=[operator]) if type(operator) in TURNED:
+            return [f"{type(operator).__name__} -> {TURNED[type(operator)].__name__}"]
+        case ast.BinOp(op=operator) if type(operator) in SWAPPED and not is_text(node):
+            return [f"{type(operator).__name__} -> {SWAPPED[type(operator)].__name__}"]
+        case ast.BoolOp(op=ast.And()):
+            return ["and -> or"]
+        case ast.BoolOp(op=ast.Or()):
+            return ["or -> and"]
+        case ast.If() | ast.While():
+            return [f"condition negated: {ast.unparse(node.test)}"]
+        case ast.UnaryOp(op=ast.Not()):
+            return ["not left out"]
+        case ast.Constant(value=bool()):
+            return [f"{node.value} -> {not node.value}"]
+        case ast.Constant(value=int()):
+            return [f"{node.value} -> {node.value + 1}"]
+        case ast.Expr(value=ast.Call()):
+            return [f"left out: {ast.unparse(node)}"]
+        case ast.Raise(exc=ast.expr()) | ast.Continue() | ast.Break():
+            return [f"left out: {ast.unparse(node)[:60]}"]
+        case ast.Return(value=ast.expr() as value) if not is_nothing(value):
+            return ["return None"]
+    return []
+
+
+def change(node: Any, choice: int) -> None:
+    """Make change number `choice` of `describe_changes` in place."""
+    match node:
+        case ast.Compare():
+            node.ops = [TURNED[type(node.ops[0])]()]
+        case ast.BinOp():
+            node.op = SWAPPED[type(node.op)]()
+        case ast.BoolOp():
+            node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        case ast.If() | ast.While():
+            node.test = ast.UnaryOp(op=ast.Not(), operand=node.test)
+        case ast.UnaryOp():
+            node.op, node.operand = ast.Not(), ast.UnaryOp(op=ast.Not(), operand=node.operand)
+        case ast.Constant(value=bool()):
+            node.value = not node.value
+        case ast.Constant():
+            node.value += 1
+        case ast.Return():
+            node.value = ast.Constant(value=None)
+        case ast.Expr() | ast.Raise() | ast.Continue() | ast.Break():
+            node.__class__ = ast.Pass
+            node._fields = ()
+
+
+def is_text(node: ast.BinOp) -> bool:
+    return any(isinstance(part, ast.JoinedStr) for part in (node.left, node.right)) or any(
+        isinstance(part, ast.Constant) and isinstance(part.value, str | bytes)
+        for part in (node.left, node.right)
+    )
+
+
+def is_nothing(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is None
+
+
+class MutantFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from its mutated tree."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.mutant = mutant
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> Any:
+        if name != self.mutant.module:
+            return None
+        return importlib.util.spec_from_loader(name, self, origin=str(source_of(name)))
+
+    def exec_module(self, module: Any) -> None:
+        module.__file__ = str(source_of(self.mutant.module))
+        exec(compile(self.mutant.tree, module.__file__, "exec"), module.__dict__)
+
+
+def source_of(module: str) -> Path:
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
+def is_noticed(mutant: Mutant | None, tests: Sequence[str]) -> bool:
+    """Whether a test fails with this mutant (None: with the program as it is)."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setsid()
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            if mutant is not None:
+                sys.meta_path.insert(0, MutantFinder(mutant))
+            import pytest
+
+            status = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status != 0
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def run(modules: Sequence[str], *, seed: int, minutes: float, count: int) -> dict[str, Any]:
+    """Try mutants in a drawn order until there are no more, or no more time; the report."""
+    import pytest  # loaded once, for all forks
+    import torch
+
+    torch.set_num_threads(1)
+    start, tried, survivors = time.monotonic(), dict.fromkeys(modules, 0), []
+    pool = [m for name in modules for m in mutants_of(name, source_of(name).read_text("utf-8"))]
+    for name in modules:
+        if is_noticed(None, TESTS[name]):
+            raise RuntimeError(f"the tests of {name} fail without any mutant")
+    random.Random(seed).shuffle(pool)
+    for mutant in pool[: count or None]:
+        if time.monotonic() - start > 60.0 * minutes:
+            break
+        tried[mutant.module] += 1
+        if not is_noticed(mutant, TESTS[mutant.module]):
+            survivors.append(f"{mutant.module}:{mutant.line} {mutant.what}")
+            print(f"survived: {survivors[-1]}", flush=True)
+    total = sum(tried.values())
+    return {
+        "suite": "R25",
+        "what": "mutants of the crash-safety modules against their tests",
+        "seed": seed,
+        "mutants": len(pool),
+        "tried": tried,
+        "trials": total,
+        "killed_share": round(1.0 - len(survivors) / max(1, total), 4),
+        "survivors": sorted(survivors),
+        "complete": total == len(pool),
+        "seconds": round(time.monotonic() - start, 1),
+        "pytest": pytest.__version__,
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--modules", nargs="+", choices=[*TESTS], default=[*TESTS])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--count", type=int, default=0, help="at most so many mutants; 0 = all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path, default=ROOT / "bench/results/reliability_r25.json")
+    options = parser.parse_args(arguments)
+    os.chdir(ROOT)
+    report = run(options.modules, seed=options.seed, minutes=options.minutes, count=options.count)
+    options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+    return int(report["killed_share"] < 0.95)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
