@@ -33,7 +33,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.soak import code_version
-from training.build import build_tokenizer, build_trainer
+from training.build import build_trainer
+from training.build_data import build_tokenizer
 from training.config.cli import parse_args
 from training.data import text_batches
 from training.evaluation import evaluate_bpb

@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.build import TOKEN_CACHE, build_evaluation_index
+from training.build_data import TOKEN_CACHE, build_evaluation_index
 from training.config.cli import parse_args
 from training.data import TokenCorpus, tokenize_corpus
 from training.sources.embedded import EmbeddedCorpus

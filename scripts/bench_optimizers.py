@@ -33,7 +33,8 @@ import torch
 from torch import nn
 
 from model.sigma_llm import SigmaLLM
-from training.build import build_corpus, build_evaluator, build_tokenizer
+from training.build import build_evaluator
+from training.build_data import build_corpus, build_tokenizer
 from training.config.cli import parse_args
 from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, TokenStream

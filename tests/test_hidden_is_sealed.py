@@ -13,7 +13,7 @@ from tests.test_architecture import PRODUCT, imported_names, project_files
 
 SEALED = {"training.hidden_eval", "training.hidden_process", "training.integrity_guards"}
 # The composition root, the entry and the modes that are no training may reach them.
-OUTSIDE = ("training/build.py", "training/modes/", "train_sigma.py")
+OUTSIDE = ("training/build", "training/modes/", "train_sigma.py")
 OWN = tuple(f"{name.replace('.', '/')}.py" for name in SEALED)
 # Declares the flags; the trainer's process never reads their files.
 NAMED_IN_CONFIG = ("training/config/sections.py",)
@@ -126,7 +126,7 @@ def test_no_training_component_reaches_the_hidden_evaluation():
         ("training/features/replay.py", "def f():\n    import training.hidden_eval"),
         ("training/rl/tasks.py", "from .. import hidden_eval"),
         ("training/optim/c3o.py", "from training.integrity_guards import IntegrityGuards"),
-        ("evolution/search.py", "from training.build import build_guards"),
+        ("evolution/search.py", "from training.build_guards import build_guards"),
         ("training/context.py", "from training.through import x"),
     ],
 )

@@ -16,27 +16,25 @@ from torch import nn
 
 from model.generation import generate
 from model.sigma_llm import SigmaLLM
+from training.build_data import build_corpus, build_stream, build_tokenizer
+from training.build_guards import build_guards
 from training.config.cli import load_json, write_resolved
 from training.config.sigma_config import ConfigError, SigmaConfig
-from training.data import TokenCorpus, TokenStream, tokenize_corpus, validation_batches
-from training.evaluation import EvalResult, evaluate_bpb, read_eval_file
+from training.data import TokenCorpus, validation_batches
+from training.evaluation import EvalResult, evaluate_bpb
 from training.features import FEATURES
 from training.features.base import Feature, FeatureSet
-from training.hidden_eval import choose_questions, read_manifest
-from training.hidden_process import HiddenEvalProcess, program_command
 from training.instant import apply_instant
-from training.integrity_guards import IntegrityGuards, SourceGuard, check_steps
+from training.integrity_guards import check_steps
 from training.micro_batch import MicroBatchPlan
 from training.optimizer import OptimizerSet, state_settings
 from training.optimizer import build_optimizer as optimizer_for
 from training.probe import Probe, hold_out, probe_batches
 from training.run_services import RunServices
-from training.runtime.atomic_io import FileOps
 from training.runtime.checkpoint import CheckpointStore
 from training.runtime.clock import PhaseClock
 from training.runtime.directories import perf_directory
 from training.runtime.environment import (
-    CACHE_DIRECTORY,
     autocast_dtype,
     config_hash,
     configure_threads,
@@ -52,7 +50,6 @@ from training.runtime.perf_window import PerfWindow
 from training.runtime.recorder import RunRecorder
 from training.runtime.report_html import write_report
 from training.runtime.report_refresh import ReportRefresher
-from training.runtime.restore import find_candidates
 from training.runtime.save_schedule import SaveSchedule
 from training.runtime.spill import watch_for_spill
 from training.runtime.startup_audit import check_symbols
@@ -60,25 +57,22 @@ from training.runtime.state_tree import join_state
 from training.runtime.ui import RunDisplay
 from training.runtime.watchdog import HangWatchdog
 from training.sigma_trainer import SigmaTrainer
-from training.sources.embedded import EmbeddedCorpus, reference_bits_per_byte
-from training.sources.registry import source_specs
+from training.sources.embedded import reference_bits_per_byte
 from training.spare_memory import within_memory
 from training.stream.batch import BatchStream
-from training.stream.contamination import ContaminationIndex
-from training.stream.open_stream import deciding_flags, open_stream
+from training.stream.open_stream import deciding_flags
 from training.tokenizer import Tokenizer
 
-TOKEN_CACHE = CACHE_DIRECTORY / "tokens"
-SPOOL = CACHE_DIRECTORY / "spool"
 EVAL_BATCH_TOKENS = 8192
 
 
-def build_tokenizer(config: SigmaConfig) -> Tokenizer:
-    return Tokenizer.from_name(config.data.tokenizer_name)
-
-
-def build_corpus(config: SigmaConfig, tokenizer: Tokenizer) -> TokenCorpus:
-    return tokenize_corpus(EmbeddedCorpus(), tokenizer, cache_dir=TOKEN_CACHE)
+def build_autocast(
+    config: SigmaConfig, device: torch.device
+) -> Callable[[], AbstractContextManager[Any]]:
+    dtype = autocast_dtype(config, device)
+    if dtype is None:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=dtype)
 
 
 def build_probe(
@@ -93,41 +87,6 @@ def build_probe(
         held_out, corpus, batch_size=own.batch_size, num_batches=own.batches, seq_len=seq_len
     )
     return rest, Probe(batches, device=device, autocast=build_autocast(config, device))
-
-
-def build_stream(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) -> BatchStream:
-    """The stream of `--data-backend`; other backends than embedded ask their sources here."""
-    if config.stream.data_backend != "embedded" or source_specs(config.stream, seed=0):
-        return open_stream(
-            config,
-            tokenizer=tokenizer,
-            corpus=corpus,
-            spool_directory=SPOOL,
-            evaluation=build_evaluation_index(config),
-        )
-    if config.adaptive.enable_adaptive_sources:
-        raise ConfigError(
-            "--aux-enable-adaptive-sources needs sources to choose from: use --data-backend "
-            "local, hf, commoncrawl or hybrid"
-        )
-    return TokenStream(
-        corpus,
-        seed=config.run.seed,
-        batch_size=config.data.batch_size,
-        seq_len=config.data.seq_len,
-    )
-
-
-def build_evaluation_index(config: SigmaConfig) -> ContaminationIndex | None:
-    """What a run is judged by and may not read: the validation split, the hidden questions and
-    `--eval-file`; None without `--contamination-check`."""
-    if not config.stream.contamination_check:
-        return None
-    texts = [EmbeddedCorpus().validation_text().decode()]
-    if content := read_eval_file(config.generate.eval_file):
-        texts.append(content.decode("utf-8", "replace"))
-    hidden = read_manifest(config.integrity.integrity_hidden_eval_manifest)
-    return ContaminationIndex(texts, passages=hidden.passages)
 
 
 def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:
@@ -197,15 +156,6 @@ def build_sampler(
         return tokenizer.decode(tokens[0, 1:].tolist())
 
     return lambda model: within_memory(lambda _: write(model), rows=1, what="sample", say=say)
-
-
-def build_autocast(
-    config: SigmaConfig, device: torch.device
-) -> Callable[[], AbstractContextManager[Any]]:
-    dtype = autocast_dtype(config, device)
-    if dtype is None:
-        return nullcontext
-    return lambda: torch.autocast(device.type, dtype=dtype)
 
 
 def build_store(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) -> CheckpointStore:
@@ -340,54 +290,6 @@ def build_clock(config: SigmaConfig, display: RunDisplay, device: torch.device) 
         say=display.message,
     )
     return PhaseClock(device, window=window)
-
-
-def build_guards(
-    config: SigmaConfig, *, device: torch.device, message: Callable[[str], object]
-) -> IntegrityGuards:
-    """The guards of a run; a changed program or a bad manifest is refused here."""
-    run, integrity = config.run, config.integrity
-    output_dir = Path(run.output_dir)
-    seeds: dict[str, Any] = {"run": run.seed}
-    hidden = sources = None
-    if integrity.integrity_hidden_eval_every:
-        manifest = read_manifest(integrity.integrity_hidden_eval_manifest)
-        choose_questions(manifest, integrity.integrity_hidden_eval_tasks)
-        seeds["hidden_eval_commitment"] = manifest.seed_commitment
-        hidden = HiddenEvalProcess(
-            output_dir,
-            command=lambda directory: hidden_eval_command(config, device, directory),
-            message=message,
-            every=integrity.integrity_hidden_eval_every,
-            save_interval=run.save_interval,
-            total_steps=run.steps,
-        )
-    if integrity.integrity_guards_enabled:
-        sources = SourceGuard(config, seeds=seeds)
-        checkpoints = Path(run.checkpoint_dir)
-        resumes = not run.no_resume and checkpoints.is_dir()
-        if resumes and find_candidates(FileOps(), checkpoints):
-            sources.expect_beginning()
-    return IntegrityGuards(config, sources=sources, hidden=hidden, message=message)
-
-
-def hidden_eval_command(config: SigmaConfig, device: torch.device, directory: Path) -> list[str]:
-    """This program once more, answering the hidden questions with the model in `directory`."""
-    integrity, precision = config.integrity, config.precision
-    return [
-        *program_command(),
-        "--mode=eval",
-        "--hidden",
-        "--json",
-        "--no-require-cuda",
-        f"--device={device}",
-        f"--output-dir={config.run.output_dir}",
-        f"--checkpoint-dir={directory}",
-        f"--precision={precision.precision}",
-        *(["--no-amp"] if precision.no_amp else []),
-        f"--integrity-hidden-eval-manifest={integrity.integrity_hidden_eval_manifest}",
-        f"--integrity-hidden-eval-tasks={integrity.integrity_hidden_eval_tasks}",
-    ]
 
 
 def compile_model(config: SigmaConfig, model: nn.Module) -> Callable[..., Any]:

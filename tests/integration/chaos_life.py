@@ -149,7 +149,7 @@ if __name__ == "__main__":
         owner, _, forgotten = os.environ[FORGET].rpartition(".")
         setattr(importlib.import_module(owner), forgotten, lambda *given, **named: None)
     training.build.build_trainer = build_on_card
-    training.build.SPOOL = Path(os.environ[HOME]) / "spool"
+    training.build_data.SPOOL = Path(os.environ[HOME]) / "spool"
     train_sigma.program_command = functools.partial(
         list, [sys.executable, "-m", "tests.integration.chaos_life"]
     )

@@ -43,10 +43,10 @@ def test_stopped_runs_with_other_workers_and_another_spool_end_at_the_same_bits(
     folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("training.stream.open_stream.NETWORK_KINDS", ("local",))
-    monkeypatch.setattr("training.build.SPOOL", tmp_path / "spool-1")
+    monkeypatch.setattr("training.build_data.SPOOL", tmp_path / "spool-1")
     train(flags(folder, tmp_path / "whole", "--num-workers", "0"))
     for step, workers, spool in ((3, "2", "64"), (4, "0", "0"), (11, "1", "64"), (16, "4", "64")):
-        monkeypatch.setattr("training.build.SPOOL", tmp_path / f"spool-{step}")
+        monkeypatch.setattr("training.build_data.SPOOL", tmp_path / f"spool-{step}")
         arguments = flags(
             folder, tmp_path / "parts", "--num-workers", workers, "--spool-max-mb", spool
         )
@@ -59,7 +59,7 @@ def test_stopped_runs_with_other_workers_and_another_spool_end_at_the_same_bits(
 
 
 def test_with_the_network_off_a_hybrid_run_trains_and_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("training.build.SPOOL", tmp_path / "spool")
+    monkeypatch.setattr("training.build_data.SPOOL", tmp_path / "spool")
     monkeypatch.setattr(
         "training.stream.open_stream.open_source", lambda spec, config: Unreachable(spec)
     )
@@ -141,7 +141,7 @@ def test_mistakes_end_before_anything_is_written(tmp_path, capsys, more, message
 
 
 def test_a_checkpoint_of_other_stream_settings_is_refused_by_flag(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.build.SPOOL", tmp_path / "spool")
+    monkeypatch.setattr("training.build_data.SPOOL", tmp_path / "spool")
     train(flags(folder, tmp_path / "run", "--steps", "2"))
     with pytest.raises(Exception, match="--stream-shuffle-buffer"):
         train(flags(folder, tmp_path / "run", "--stream-shuffle-buffer", "17"))

@@ -22,7 +22,7 @@ from tests.fakeworld.hub import FakeDataset, FakeHub, make_rows, parquet_bytes
 from tests.fakeworld.server import FakeWorld, Plan
 from tests.training.mixed import digest, take
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
-from training.build import build_evaluation_index
+from training.build_data import build_evaluation_index
 from training.config.cli import parse_args
 from training.config.data_sections import StreamConfig
 from training.data import tokenize_corpus

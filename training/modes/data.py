@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from training.build import build_corpus, build_stream, build_tokenizer
+from training.build_data import build_corpus, build_stream, build_tokenizer
 from training.config.sigma_config import SigmaConfig
 from training.sources.base import SOURCE_IDS
 from training.stream.batch import Batch, BatchStream

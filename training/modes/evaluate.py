@@ -13,12 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from training.build import (
-    EVAL_BATCH_TOKENS,
-    build_autocast,
-    build_corpus,
-    load_for_inference,
-)
+from training.build import EVAL_BATCH_TOKENS, build_autocast, load_for_inference
+from training.build_data import build_corpus
 from training.config.cli import load_json
 from training.config.sigma_config import SigmaConfig
 from training.data import Batch, text_batches, validation_batches

@@ -18,13 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.build import (
-    build_autocast,
-    build_model,
-    build_optimizer,
-    build_tokenizer,
-    compile_model,
-)
+from training.build import build_autocast, build_model, build_optimizer, compile_model
+from training.build_data import build_tokenizer
 from training.config.sigma_config import SigmaConfig
 from training.features.instant import instant_settings
 from training.instant import apply_instant, instant_memory

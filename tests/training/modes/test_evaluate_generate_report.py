@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from model.sigma_llm import SigmaLLM
-from training.build import build_tokenizer
+from training.build_data import build_tokenizer
 from training.config.cli import parse_args, write_resolved
 from training.data import TokenCorpus, TokenSplit
 from training.modes import evaluate, generate, report

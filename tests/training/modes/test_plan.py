@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.build import build_model, build_tokenizer
+from training.build import build_model
+from training.build_data import build_tokenizer
 from training.config.cli import parse_args
 from training.modes import plan
 from training.modes.plan import SavedTensors, format_duration

@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.mixed import digest, take
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
-from training.build import build_evaluation_index, build_stream
+from training.build_data import build_evaluation_index, build_stream
 from training.config.cli import parse_args, write_resolved
 from training.config.data_sections import StreamConfig
 from training.data import tokenize_corpus
