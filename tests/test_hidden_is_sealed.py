@@ -116,7 +116,7 @@ def test_no_training_component_reaches_the_hidden_evaluation():
     # The rules see something: the composition root does reach all of it.
     graph = import_graph(sources)
     assert reachable(graph, "training.build") >= SEALED
-    assert {"training.context", "training.evaluation"} <= reachable(graph, "training.sigma_trainer")
+    assert {"training.context", "training.audit"} <= reachable(graph, "training.sigma_trainer")
 
 
 @pytest.mark.parametrize(
