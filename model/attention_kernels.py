@@ -37,13 +37,17 @@ class AttentionTiles(NamedTuple):
 
 
 def attention_tiles(width: int, capability: int, *, in_bf16: bool) -> AttentionTiles:
-    """Tiles for heads of `width`: two maps of queries and two sums stay in registers, and a stage
-    holds a tile of keys and one of values."""
-    if not in_bf16 or width > 64:
-        return AttentionTiles(32, 32, 4, 2)
-    if 90 <= capability < 120:
-        return AttentionTiles(64, 64, 4, 2)
-    return AttentionTiles(64, 32, 4, 2)
+    """Tiles for heads of `width`, so that no kernel keeps its sums on the stack.
+
+    Two maps' queries, gradients and statistics share the registers. fp32 products split every
+    operand in two and leave room for the smallest tile only; wgmma (sm_90, sm_100) wants 64 rows.
+    """
+    if not in_bf16:
+        return AttentionTiles(16, 16, 4, 1)
+    if width > 64:
+        return AttentionTiles(32, 32, 8, 2)
+    edge = 64 if 90 <= capability < 120 else 32
+    return AttentionTiles(edge, edge, 4, 2)
 
 
 class AttentionShape(NamedTuple):
