@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,6 +21,7 @@ from model.attention_kernel_src import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
+from model.sigma_kernels import power_of_two
 from model.ternary_linear import device_capability
 
 MAX_WIDTH = 256
@@ -76,9 +76,9 @@ class AttentionShape(NamedTuple):
             "WIDTH": self.width,
             "BLOCK_M": self.tiles.queries,
             "BLOCK_N": self.tiles.keys,
-            "BLOCK_C": max(16, triton.next_power_of_2(self.content)),
-            "BLOCK_R": max(16, triton.next_power_of_2(self.rope)),
-            "BLOCK_W": max(16, triton.next_power_of_2(self.width)),
+            "BLOCK_C": max(16, power_of_two(self.content)),
+            "BLOCK_R": max(16, power_of_two(self.rope)),
+            "BLOCK_W": max(16, power_of_two(self.width)),
             "DOT_IN_BF16": self.in_bf16,
         }
         return {name: values[name] for name in kernel.arg_names if name.isupper()}

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,6 +38,11 @@ STATE_BLOCK = 1024
 HEAD_BLOCK = 8
 
 
+def power_of_two(count: int) -> int:
+    """The smallest power of two that holds `count` >= 1: what a block of a kernel may span."""
+    return 1 << (count - 1).bit_length()
+
+
 class ScanTiles(NamedTuple):
     """Launch settings: steps and state entries of a tile, warps, pipeline stages."""
 
@@ -59,8 +63,8 @@ def scan_tiles(
     tensor cores take.
     """
     large = in_bf16 and 90 <= capability < 120 and width <= 64
-    steps = max(16, min(64 if large else 32, triton.next_power_of_2(chunk_len)))
-    entries = max(16, min(64, triton.next_power_of_2(size)))
+    steps = max(16, min(64 if large else 32, power_of_two(chunk_len)))
+    entries = max(16, min(64, power_of_two(size)))
     return ScanTiles(steps, entries, 4 if in_bf16 and steps * width <= 2048 else 8, 2)
 
 
@@ -104,13 +108,13 @@ class ScanShape(NamedTuple):
             "CELLS": self.size * self.width,
             "CHUNK": self.chunk_len,
             "BLOCK": STATE_BLOCK,
-            "BLOCK_L": triton.next_power_of_2(self.chunk_len),
+            "BLOCK_L": power_of_two(self.chunk_len),
             "BLOCK_H": HEAD_BLOCK,
             "BLOCK_T": self.tiles.steps,
             "BLOCK_N": self.tiles.entries,
-            "BLOCK_P": max(16, triton.next_power_of_2(self.width)),
+            "BLOCK_P": max(16, power_of_two(self.width)),
             "PARTS": self.state_blocks,
-            "BLOCK_PARTS": triton.next_power_of_2(self.state_blocks),
+            "BLOCK_PARTS": power_of_two(self.state_blocks),
             "DOT_IN_BF16": self.in_bf16,
         }
         names = (name for name in kernel.arg_names if name.isupper())
@@ -148,14 +152,15 @@ def _controls(
     )
     shape.launch(
         chunk_controls_kernel,
-        (shape.batch * shape.chunks, triton.cdiv(shape.heads, HEAD_BLOCK)),
+        (shape.batch * shape.chunks, -(-shape.heads // HEAD_BLOCK)),
         *(value.contiguous() for value in (log_decay, weight, gamma)),
         *by_head,
         shape.length,
     )
     # Without resets the pointer is never read.
     documents = by_head if segments is None else segments.to(torch.int32).contiguous()
-    return _Controls(*by_head, documents)
+    cum, weight, gamma = by_head.unbind()
+    return _Controls(cum, weight, gamma, documents)
 
 
 def _launch_states(
