@@ -25,6 +25,7 @@ from model.sigma_kernels import power_of_two
 from model.ternary_linear import device_capability
 
 MAX_WIDTH = 256
+SHORT_TYPE = torch.bfloat16
 
 
 class AttentionTiles(NamedTuple):
@@ -115,7 +116,7 @@ class _Attention(torch.autograd.Function):
         # Stand-ins for what is absent are never read.
         lam_values = values[0] if lam is None else lam.contiguous()
         numbers = values[0] if documents is None else documents.contiguous()
-        dtype = torch.bfloat16 if shape.in_bf16 else torch.float32
+        dtype = SHORT_TYPE if shape.in_bf16 else torch.float32
         sizes = (shape.batch, shape.queries, shape.heads, shape.width)
         out = torch.empty(sizes, dtype=dtype, device=q.device)
         second = torch.empty_like(out) if shape.maps == 2 else out

@@ -34,6 +34,7 @@ from model.sigma_kernel_src import (
 from model.ternary_linear import device_capability
 
 MAX_WIDTH = 256
+SHORT_TYPE = torch.bfloat16
 STATE_BLOCK = 1024
 HEAD_BLOCK = 8
 
@@ -338,7 +339,7 @@ def scan_chunks(
         in_bf16=in_bf16,
     )
     x = x if x.stride(-1) == 1 else x.contiguous()
-    operands = torch.bfloat16 if in_bf16 else torch.float32
+    operands = SHORT_TYPE if in_bf16 else torch.float32
     b, c = (value.to(operands).contiguous() for value in (b, c))
     rank_in = None if rank_in is None else rank_in.contiguous()
     start = None if start is None else start.contiguous()

@@ -11,7 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from model import attention_kernels, reference_ops
+import triton.language as tl
+
+from model import attention_kernels, reference_ops, sigma_kernel_src
 from model.attention_kernels import AttentionTiles, attend_parts
 from model.mla import MLA
 from model.sequence import SequenceContext
@@ -243,6 +245,22 @@ def test_tiles_follow_the_architecture(monkeypatch):
     monkeypatch.setattr(shape, "constants_of", noted)
     compute(**draw(20))
     assert [(found["BLOCK_M"], found["BLOCK_N"]) for found in seen] == [(16, 64)]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the test on the GPU does it in bf16")
+def test_sixteen_bit_operands_cost_what_their_rounding_costs(monkeypatch):
+    """float16 for bf16, which the interpreter lacks: 2^-11 of a value, and nothing amplifies it."""
+    monkeypatch.setattr(sigma_kernel_src, "_SHORT", tl.constexpr(tl.float16))
+    monkeypatch.setattr(attention_kernels, "SHORT_TYPE", torch.float16)
+    inputs, documents = draw(50), packed(50)
+    expected = with_gradients(define, inputs, documents)
+    found = with_gradients(
+        lambda *args, **more: compute(*args, **more, in_bf16=True).float(), inputs, documents
+    )
+    for name, value in found.items():
+        error = (value - expected[name]).norm() / expected[name].norm()
+        assert error < 3e-3, name
+    assert not torch.equal(found["out"], with_gradients(compute, inputs, documents)["out"])
 
 
 @pytest.mark.gpu

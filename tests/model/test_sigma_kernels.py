@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from model import sigma_kernels
+import triton.language as tl
+
+from model import sigma_kernel_src, sigma_kernels
 from model.reference_mamba import mamba_scan_reference
 from model.sigma_kernels import ScanTiles, scan_chunks
 from model.ssd import MambaState, ScanInputs, mamba_scan
@@ -234,6 +236,23 @@ def test_what_the_kernels_cannot_take_is_refused():
     wide.x = wide.x[..., :1].expand(*wide.x.shape[:3], 257)
     with pytest.raises(ValueError, match="--mamba-head-dim is 257"):
         mamba_scan(wide, chunk_len=16, backend="triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the test on the GPU does it in bf16")
+def test_sixteen_bit_operands_cost_what_their_rounding_costs(monkeypatch):
+    """float16 for bf16, which the interpreter lacks: 2^-11 of a value, and nothing amplifies it."""
+    monkeypatch.setattr(sigma_kernel_src, "_SHORT", tl.constexpr(tl.float16))
+    monkeypatch.setattr(sigma_kernels, "SHORT_TYPE", torch.float16)
+    inputs, reset = draw(50), torch.zeros(1, 50, dtype=torch.bool)
+    reset[0, 20] = True
+    expected = run_with_gradients(
+        lambda i, s: mamba_scan_reference(i, state=s, reset_mask=reset), inputs, None, None
+    )
+    for name, value in run(inputs, chunk_len=32, reset_mask=reset, in_bf16=True).items():
+        error = (value - expected[name]).norm() / expected[name].norm().clamp_min(1e-6)
+        assert error < 4e-3, name
+    exact = run(inputs, chunk_len=32, reset_mask=reset)
+    assert (exact["y"] - expected["y"]).norm() / expected["y"].norm() < 1e-5
 
 
 @pytest.mark.gpu
