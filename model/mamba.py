@@ -165,7 +165,12 @@ class Mamba(nn.Module):
                 )
         if self.training and torch.is_grad_enabled():
             self._note(inputs, new_state)
-        mixed = _GatedRankNorm.apply(y, z, self.rank_out, self.rank_gate, self.eps)
+        if self.backend == "triton":
+            from model.rank_norm_kernels import gated_rank_norm
+
+            mixed = gated_rank_norm(y, z, self.rank_out, self.rank_gate, eps=self.eps)
+        else:
+            mixed = _GatedRankNorm.apply(y, z, self.rank_out, self.rank_gate, self.eps)
         out = self.out_proj(mixed.flatten(2).to(x.dtype)) * self.step_scale
         keep = state is not None or context.use_cache
         return out, new_state if keep else None
