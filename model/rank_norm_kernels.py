@@ -135,14 +135,14 @@ class _RankNorm(torch.autograd.Function):
         tiles, rows, stride, eps, constants = ctx.sizes
         empty = {"dtype": torch.float32, "device": y.device}
         grad_y, grad_z = torch.empty(y.shape, **empty), torch.empty(z.shape, **empty)
-        parts = torch.empty(2, tiles, *gain.shape, **empty)
+        of_gain, of_gate = torch.empty(2, tiles, *gain.shape, **empty).unbind()
         rank_norm_backward_kernel[(tiles * gain.shape[0],)](
-            *(grads[0].contiguous(), y, z, gain, gates, grad_y, grad_z, *parts),
+            *(grads[0].contiguous(), y, z, gain, gates, grad_y, grad_z, of_gain, of_gate),
             *(rows, stride, eps),
             **constants,
         )
-        grad_gate = parts[1].sum(0) if constants["HAS_GATE"] else None
-        return grad_y, grad_z.to(z.dtype), parts[0].sum(0), grad_gate, None
+        grad_gate = of_gate.sum(0) if constants["HAS_GATE"] else None
+        return grad_y, grad_z.to(z.dtype), of_gain.sum(0), grad_gate, None
 
 
 def gated_rank_norm(
