@@ -16,7 +16,7 @@ Sources: BitNet 2310.11453, b1.58 2402.17764; least-squares scale 1605.04711 (te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.byte_product import code_product
+from model.norm_rope import RMSNorm
 from model.weight_cache import cached
 
 EPS = 1e-12
@@ -309,6 +310,19 @@ class BitLinear(nn.Module):
             backend=self.backend,
         )
 
+    def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """self(norm(x)); on the triton backend without writing the normalised values."""
+        from_kernels = self.ternary and self.backend == "triton" and self.quantize_activations
+        if not from_kernels or 0 < self.group_size < self.in_features:
+            return self(norm(x))
+        from model.norm_linear import MAX_WIDTH, norm_ternary_linear
+
+        if self.in_features > MAX_WIDTH:
+            return self(norm(x))
+        dtype = _compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return norm_ternary_linear(x, norm.weight, self.weight, eps=norm.eps, dtype=dtype)
+
     def effective_weight(self) -> Tensor:
         """The weight (out, in) that the forward pass uses, differentiable in the latent weight."""
         return ternary_weight(self.weight, self.group_size) if self.ternary else self.weight
@@ -341,61 +355,3 @@ def fused_linear(x: Tensor, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
     else:
         y = F.linear(x, weight)
     return y.split([layer.out_features for layer in layers], dim=-1)
-
-
-def ternary_parameters(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[Tensor, int]]:
-    """Latent weight and group size of every ternary BitLinear, by module name."""
-    return {
-        name: (module.weight, module.group_size)
-        for name, module in modules
-        if isinstance(module, BitLinear) and module.ternary
-    }
-
-
-class TernaryStatistics:
-    """Zero fraction, mean scale and code churn of ternary weights, measured when asked.
-
-    Works on at most `rows` evenly spaced output rows of each matrix, so that a log step costs far
-    less than a forward pass; training steps cost nothing. Churn is the fraction of those codes
-    that differ from the previous call; the first call has none and omits it. The previous codes
-    are the only state: `state_dict` keeps them so that a resumed run logs the same churn.
-    """
-
-    def __init__(self, *, rows: int = 64) -> None:
-        self.rows = rows
-        self._previous: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def measure(self, weights: Mapping[str, tuple[Tensor, int]]) -> dict[str, float]:
-        """weights: name -> (latent weight (..., out, in), group size). Synchronises the device."""
-        zeros = scale_total = changed = 0.0
-        size = scale_count = compared = 0
-        for name, (weight, group_size) in weights.items():
-            flat = weight.detach().flatten(0, -2)
-            step = max(1, -(-flat.shape[0] // self.rows))
-            codes, scale = ternarize(flat[::step], group_size)
-            codes = codes.to(device="cpu", dtype=torch.int8)
-            zeros += float((codes == 0).sum())
-            size += codes.numel()
-            scale_total += float(scale.double().sum())
-            scale_count += scale.numel()
-            before = self._previous.get(name)
-            if before is not None and before.shape == codes.shape:
-                changed += float((codes != before).sum())
-                compared += codes.numel()
-            self._previous[name] = codes
-        if not size:
-            return {}
-        result = {
-            "bitlinear_zero_fraction": zeros / size,
-            "bitlinear_scale_mean": scale_total / scale_count,
-        }
-        if compared:
-            result["bitlinear_code_churn"] = changed / compared
-        return result
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self._previous)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._previous = {name: codes.to(torch.int8) for name, codes in state.items()}

@@ -23,13 +23,8 @@ from model.cross_entropy_kernels import (
     logit_statistics_kernel,
     scaled_product_kernel,
 )
-from model.launch import (
-    Tiles,
-    cdiv,
-    device_capability,
-    launcher,
-    processor_count,
-)
+from model.launch import Tiles, cdiv, launcher, processor_count
+from model.launch_table import LaunchKey, measured_tiles
 
 IGNORED = -100
 MAX_GRADIENT_ENTRIES = 2**25  # 64 MiB in a 16-bit type
@@ -56,13 +51,20 @@ def count_splits(num_rows: int, vocabulary: int, tiles: Tiles, processors: int) 
     return cdiv(blocks, per_split), per_split
 
 
+def _measured(operation: str, x: Tensor, shape: tuple[int, int, int], tiles: Tiles | None) -> Tiles:
+    if tiles is not None:
+        return tiles
+    key = LaunchKey.of(operation, x, shape, itemsize=x.element_size())
+    return measured_tiles(key, logits_tiles(key.capability, key.itemsize))
+
+
 def logit_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """logsumexp of h W^T and the label's logit, (N,) fp32 each; 0 for a label that is no entry.
 
     hidden (N, D) and weight (V, D) of one type with unit inner stride, labels (N,) int64, N > 0.
     """
     (rows, depth), vocabulary = hidden.shape, weight.shape[0]
-    tiles = logits_tiles(device_capability(hidden), hidden.element_size())
+    tiles = _measured("logits", hidden, (rows, vocabulary, depth), None)
     splits, per_split = count_splits(rows, vocabulary, tiles, processor_count(hidden.device))
     grid = (cdiv(rows, tiles.m), splits)
     normaliser = torch.empty(splits, rows, dtype=torch.float32, device=hidden.device)
@@ -76,11 +78,17 @@ def logit_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Te
 
 
 def logit_gradient(
-    hidden: Tensor, weight: Tensor, labels: Tensor, normaliser: Tensor, *, out: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    normaliser: Tensor,
+    *,
+    out: Tensor,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """softmax - one hot of the rows into `out` (N or more, V or more); returns its (N, V) part."""
     (rows, depth), vocabulary = hidden.shape, weight.shape[0]
-    tiles = logits_tiles(device_capability(hidden), hidden.element_size())
+    tiles = _measured("logits", hidden, (rows, vocabulary, depth), tiles)
     grid = (cdiv(rows, tiles.m) * cdiv(vocabulary, tiles.n),)
     launcher(logit_gradient_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
         *(hidden, weight, labels, normaliser, out, rows, vocabulary, depth),
@@ -91,13 +99,15 @@ def logit_gradient(
     return out[:rows, :vocabulary]
 
 
-def scaled_product(a: Tensor, b: Tensor, scale: Tensor, *, out: Tensor, add: bool) -> None:
+def scaled_product(
+    a: Tensor, b: Tensor, scale: Tensor, *, out: Tensor, add: bool, tiles: Tiles | None = None
+) -> None:
     """out (M, N) = scale * a (M, K) b (K, N), added to out if `add`; sums in fp32.
 
     a may be a transposed view; b and out have unit inner stride; scale is 0-d fp32.
     """
     (rows, depth), columns = a.shape, b.shape[1]
-    tiles = logits_tiles(device_capability(b), b.element_size())
+    tiles = _measured("scaled_product", b, (rows, columns, depth), tiles)
     grid = (cdiv(rows, tiles.m) * cdiv(columns, tiles.n),)
     launcher(scaled_product_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
         *(a, b, scale, out, rows, columns, depth),

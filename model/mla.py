@@ -242,9 +242,8 @@ class MLA(nn.Module):
             if continued:
                 blocked = None if documents is None else blocked_pairs(documents, x.shape[1])
             y = compute(q_content, q_rope, latent, rotary_key, lam, blocked)  # (B, T, H d_h)
-        if self.sub_norm is not None:
-            y = self.sub_norm(y)
-        return self.out_proj(y), state if keep else None
+        y = self.out_proj(y) if self.sub_norm is None else self.out_proj.after_norm(y, self.sub_norm)
+        return y, state if keep else None
 
     def _project(
         self, x: Tensor, context: SequenceContext

@@ -72,6 +72,11 @@ def bit_linear(
     return x @ effective.T
 
 
+def norm_bit_linear(x: Tensor, gain: Tensor | None, weight: Tensor, *, eps: float) -> Tensor:
+    """bit_linear of the normalised rows of x (M, K), weight (N, K)."""
+    return bit_linear(rms_norm(x, gain, eps=eps), weight)
+
+
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Integer codes in [-127, 127] of x (M, K) in its dtype and one scale per row, (M,)."""
     peak = x.abs().amax(1).clamp(min=1e-30)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.bitlinear import BitLinear, TernaryStatistics, ternary_parameters
+from model.bitlinear import BitLinear
 from model.blocks import Block, BlockState
 from model.config import SigmaModelConfig
 from model.cross_entropy import linear_cross_entropy
@@ -28,6 +28,7 @@ from model.mla import MLA
 from model.moe import DenseFeedForward, Experts, MoE
 from model.norm_rope import RMSNorm
 from model.sequence import SequenceContext
+from model.ternary_statistics import TernaryStatistics, ternary_parameters
 from model.weight_cache import TernaryCache
 
 

@@ -18,14 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.launch import (
-    Tiles,
-    cdiv,
-    device_capability,
-    launcher,
-    power_of_two,
-    processor_count,
-)
+from model.launch import Tiles, cdiv, launcher, power_of_two, processor_count
+from model.launch_table import LaunchKey, measured_tiles
 from model.triton_kernels import (
     int8_product_kernel,
     quantize_rows_kernel,
@@ -145,13 +139,21 @@ def ternarize_rows(weight: Tensor) -> TernaryWeight:
 
 
 def int8_product(
-    a: Tensor, b: Tensor, *, a_scale: Tensor, b_scale: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    *,
+    a_scale: Tensor,
+    b_scale: Tensor | None,
+    dtype: torch.dtype,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """a (M, K) times b (N, K) transposed, both int8 and contiguous, scaled; (M, N) in `dtype`."""
     (rows, depth), outputs = a.shape, b.shape[0]
     out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     if rows:
-        tiles = product_tiles(rows, device_capability(a))
+        if tiles is None:
+            key = LaunchKey.of("int8_product", a, (rows, outputs, depth))
+            tiles = measured_tiles(key, product_tiles(rows, key.capability))
         grid = (cdiv(rows, tiles.m) * cdiv(outputs, tiles.n),)
         launcher(int8_product_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
             *(a, b, a_scale, a_scale if b_scale is None else b_scale, out),
@@ -163,7 +165,13 @@ def int8_product(
 
 
 def weight_gradient(
-    grad: Tensor, codes: Tensor, scale: Tensor, *, in_bf16: bool, processors: int | None = None
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    in_bf16: bool,
+    processors: int | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """(grad * scale)^T codes over the rows: grad (M, N), codes (M, K) int8; (N, K) in fp32.
 
@@ -175,7 +183,10 @@ def weight_gradient(
     (rows, outputs), inputs = grad.shape, codes.shape[1]
     if grad.stride(1) != 1:
         grad = grad.contiguous()
-    tiles = gradient_tiles(device_capability(grad))
+    if tiles is None:
+        shape, itemsize = (rows, outputs, inputs), 2 if in_bf16 else 4
+        key = LaunchKey.of("weight_gradient", grad, shape, itemsize=itemsize)
+        tiles = measured_tiles(key, gradient_tiles(key.capability))
     grid = (cdiv(outputs, tiles.n), cdiv(inputs, tiles.k))
     wanted = max(1, min(MAX_SPLITS, processors // (grid[0] * grid[1])))
     per_split = cdiv(cdiv(max(rows, 1), wanted), tiles.m) * tiles.m

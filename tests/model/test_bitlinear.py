@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from model import reference_ops
 from model.bitlinear import (
     BitLinear,
-    TernaryStatistics,
     bit_linear,
     expand_scale,
     fused_linear,
     quantize_tokens,
     ternarize,
-    ternary_parameters,
     ternary_weight,
 )
+from model.ternary_statistics import TernaryStatistics, ternary_parameters
 
 
 def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

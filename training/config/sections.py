@@ -223,7 +223,7 @@ class PrecisionConfig:
     no_amp: bool = flag(False, "Disable autocast (fp32).")
     kernel_backend: str = flag(
         "torch",
-        "Ternary products, scan, attention: torch, or triton (int8 cores, 8-bit input gradients).",
+        "Products, scan, attention, loss: torch, or triton (int8 products, 8-bit input gradients).",
         choices=("torch", "triton"),
     )
     torch_compile: bool = flag(True, "Compile the model.")
