@@ -319,7 +319,7 @@ class BitLinear(nn.Module):
 
         if self.in_features > MAX_WIDTH:
             return self(norm(x))
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             return norm_ternary_linear(x, norm.weight, self.weight, eps=norm.eps, dtype=dtype)
 

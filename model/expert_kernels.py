@@ -240,7 +240,9 @@ def activation_gradient_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = row_inside[:, None] & (columns < width)[None, :]
-        gate, up, share = _swiglu_block(gate_up_ptr, rows, columns, inside, width)
+        gate, up, share = _swiglu_block(  # pyright: ignore[reportGeneralTypeIssues]
+            gate_up_ptr, rows, columns, inside, width
+        )
         grad_at = grad_ptr + rows[:, None] * width + columns[None, :]
         grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
         if SUB_NORM:

@@ -23,8 +23,8 @@ from model.cross_entropy_kernels import (
     logit_statistics_kernel,
     scaled_product_kernel,
 )
-from model.launch import Tiles, cdiv, launcher, processor_count
-from model.launch_table import LaunchKey, measured_tiles
+from model.launch import Tiles, cdiv, device_capability, launcher, processor_count
+from model.launch_table import measured_tiles
 
 IGNORED = -100
 MAX_GRADIENT_ENTRIES = 2**25  # 64 MiB in a 16-bit type
@@ -51,11 +51,9 @@ def count_splits(num_rows: int, vocabulary: int, tiles: Tiles, processors: int) 
     return cdiv(blocks, per_split), per_split
 
 
-def _measured(operation: str, x: Tensor, shape: tuple[int, int, int], tiles: Tiles | None) -> Tiles:
-    if tiles is not None:
-        return tiles
-    key = LaunchKey.of(operation, x, shape, itemsize=x.element_size())
-    return measured_tiles(key, logits_tiles(key.capability, key.itemsize))
+def _tiles(operation: str, x: Tensor, shape: tuple[int, int, int]) -> Tiles:
+    found = measured_tiles(operation, x, shape, itemsize=x.element_size())
+    return found or logits_tiles(device_capability(x), x.element_size())
 
 
 def logit_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +62,7 @@ def logit_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Te
     hidden (N, D) and weight (V, D) of one type with unit inner stride, labels (N,) int64, N > 0.
     """
     (rows, depth), vocabulary = hidden.shape, weight.shape[0]
-    tiles = _measured("logits", hidden, (rows, vocabulary, depth), None)
+    tiles = _tiles("logits", hidden, (rows, vocabulary, depth))
     splits, per_split = count_splits(rows, vocabulary, tiles, processor_count(hidden.device))
     grid = (cdiv(rows, tiles.m), splits)
     normaliser = torch.empty(splits, rows, dtype=torch.float32, device=hidden.device)
@@ -88,7 +86,7 @@ def logit_gradient(
 ) -> Tensor:
     """softmax - one hot of the rows into `out` (N or more, V or more); returns its (N, V) part."""
     (rows, depth), vocabulary = hidden.shape, weight.shape[0]
-    tiles = _measured("logits", hidden, (rows, vocabulary, depth), tiles)
+    tiles = tiles or _tiles("logits", hidden, (rows, vocabulary, depth))
     grid = (cdiv(rows, tiles.m) * cdiv(vocabulary, tiles.n),)
     launcher(logit_gradient_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
         *(hidden, weight, labels, normaliser, out, rows, vocabulary, depth),
@@ -107,7 +105,7 @@ def scaled_product(
     a may be a transposed view; b and out have unit inner stride; scale is 0-d fp32.
     """
     (rows, depth), columns = a.shape, b.shape[1]
-    tiles = _measured("scaled_product", b, (rows, columns, depth), tiles)
+    tiles = tiles or _tiles("scaled_product", b, (rows, columns, depth))
     grid = (cdiv(rows, tiles.m) * cdiv(columns, tiles.n),)
     launcher(scaled_product_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
         *(a, b, scale, out, rows, columns, depth),

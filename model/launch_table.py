@@ -22,6 +22,7 @@ from torch import Tensor
 
 from model.launch import Tiles, device_capability, power_of_two
 
+FOLDER_VARIABLE = "TRITON_CACHE_DIR"
 FORMAT = 1
 FILE_NAME = "launch_table.json"
 OPERATIONS = ("int8_product", "weight_gradient", "logits", "scaled_product")
@@ -45,21 +46,6 @@ class LaunchKey:
     rows: int
     columns: int
     depth: int
-
-    @classmethod
-    def of(
-        cls, operation: str, x: Tensor, shape: tuple[int, int, int], *, itemsize: int = 1
-    ) -> LaunchKey:
-        """Key of an operation on x's device; shape = rows, columns and depth of the product."""
-        rows, columns, depth = shape
-        return cls(
-            operation=operation,
-            itemsize=itemsize,
-            capability=device_capability(x),
-            rows=power_of_two(max(rows, 1)),
-            columns=columns,
-            depth=depth,
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,7 +92,7 @@ class LaunchTable:
             return cls.parse(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, RecursionError) as problem:
             _LOG.warning(
                 "%s is not used: %s; delete it or run scripts/tune_kernels.py", path, problem
             )
@@ -136,9 +122,8 @@ def _parse_entry(entry: Any) -> tuple[LaunchKey, Tiles]:
     return LaunchKey(**{name: entry[name] for name in names}), tiles
 
 
-def table_path() -> Path | None:
-    """Where the table belongs: beside Triton's cache; nowhere if the program has set up none."""
-    folder = os.environ.get("TRITON_CACHE_DIR")
+def table_path(folder: str | None) -> Path | None:
+    """Where the table belongs: beside Triton's cache folder, nowhere if none was set up."""
     return Path(folder).parent / FILE_NAME if folder else None
 
 
@@ -147,7 +132,34 @@ def _loaded(path: Path) -> LaunchTable:
     return LaunchTable.read(path)
 
 
-def measured_tiles(key: LaunchKey, default: Tiles) -> Tiles:
-    """The table's tiles for the key, else `default`. The file is read once per process."""
-    path = table_path()
-    return default if path is None else _loaded(path).tiles.get(key, default)
+@cache
+def _find(
+    folder: str | None, operation: str, itemsize: int, capability: int, *sizes: int
+) -> Tiles | None:
+    path = table_path(folder)
+    if path is None:
+        return None
+    rows, columns, depth = sizes
+    key = LaunchKey(
+        operation=operation,
+        itemsize=itemsize,
+        capability=capability,
+        rows=rows,
+        columns=columns,
+        depth=depth,
+    )
+    return _loaded(path).tiles.get(key)
+
+
+def measured_tiles(
+    operation: str, x: Tensor, shape: tuple[int, int, int], *, itemsize: int = 1
+) -> Tiles | None:
+    """The table's tiles for an operation on x's device, or None; costs a look-up.
+
+    shape: rows, columns and depth of the product; itemsize: bytes of its floating-point operands,
+    1 without any. The file is read once per process.
+    """
+    rows, columns, depth = shape
+    folder = os.environ.get(FOLDER_VARIABLE)
+    bucket = power_of_two(max(rows, 1))
+    return _find(folder, operation, itemsize, device_capability(x), bucket, columns, depth)

@@ -242,7 +242,8 @@ class MLA(nn.Module):
             if continued:
                 blocked = None if documents is None else blocked_pairs(documents, x.shape[1])
             y = compute(q_content, q_rope, latent, rotary_key, lam, blocked)  # (B, T, H d_h)
-        y = self.out_proj(y) if self.sub_norm is None else self.out_proj.after_norm(y, self.sub_norm)
+        out, norm = self.out_proj, self.sub_norm
+        y = out(y) if norm is None else out.after_norm(y, norm)
         return y, state if keep else None
 
     def _project(

@@ -18,8 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.launch import Tiles, cdiv, launcher, power_of_two, processor_count
-from model.launch_table import LaunchKey, measured_tiles
+from model.launch import (
+    Tiles,
+    cdiv,
+    device_capability,
+    launcher,
+    power_of_two,
+    processor_count,
+)
+from model.launch_table import measured_tiles
 from model.triton_kernels import (
     int8_product_kernel,
     quantize_rows_kernel,
@@ -151,9 +158,8 @@ def int8_product(
     (rows, depth), outputs = a.shape, b.shape[0]
     out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     if rows:
-        if tiles is None:
-            key = LaunchKey.of("int8_product", a, (rows, outputs, depth))
-            tiles = measured_tiles(key, product_tiles(rows, key.capability))
+        tiles = tiles or measured_tiles("int8_product", a, (rows, outputs, depth))
+        tiles = tiles or product_tiles(rows, device_capability(a))
         grid = (cdiv(rows, tiles.m) * cdiv(outputs, tiles.n),)
         launcher(int8_product_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
             *(a, b, a_scale, a_scale if b_scale is None else b_scale, out),
@@ -183,10 +189,9 @@ def weight_gradient(
     (rows, outputs), inputs = grad.shape, codes.shape[1]
     if grad.stride(1) != 1:
         grad = grad.contiguous()
-    if tiles is None:
-        shape, itemsize = (rows, outputs, inputs), 2 if in_bf16 else 4
-        key = LaunchKey.of("weight_gradient", grad, shape, itemsize=itemsize)
-        tiles = measured_tiles(key, gradient_tiles(key.capability))
+    shape, itemsize = (rows, outputs, inputs), 2 if in_bf16 else 4
+    tiles = tiles or measured_tiles("weight_gradient", grad, shape, itemsize=itemsize)
+    tiles = tiles or gradient_tiles(device_capability(grad))
     grid = (cdiv(outputs, tiles.n), cdiv(inputs, tiles.k))
     wanted = max(1, min(MAX_SPLITS, processors // (grid[0] * grid[1])))
     per_split = cdiv(cdiv(max(rows, 1), wanted), tiles.m) * tiles.m
