@@ -7,10 +7,17 @@ compiling needs was left behind. A new kernel gets its line here. Import only wh
 
 from __future__ import annotations
 
-from model import cross_entropy_kernels, expert_kernels, fused_cross_entropy, ternary_experts
+from model import (
+    cross_entropy_kernels,
+    expert_kernels,
+    fused_cross_entropy,
+    norm_kernels,
+    norm_linear,
+    ternary_experts,
+)
 from model import triton_kernels as kernels
 from model.kernel_build import Build
-from model.sequence_builds import attention_builds, scan_builds
+from model.sequence_builds import attention_builds, rank_norm_builds, scan_builds
 from model.ternary_linear import gradient_tiles, product_tiles, row_block
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4}  # of the operands that a kernel of several may multiply
@@ -18,7 +25,7 @@ ITEM_BYTES = {"bf16": 2, "fp32": 4}  # of the operands that a kernel of several 
 
 def builds(architecture: int, operands: tuple[str, ...] = tuple(ITEM_BYTES)) -> list[Build]:
     """All kernels with the launch settings that their launchers choose on this architecture."""
-    found = _linear_builds(architecture, operands)
+    found = [*_linear_builds(architecture, operands), *_norm_builds(), *rank_norm_builds()]
     for kind in operands:
         found += _cross_entropy_builds(architecture, kind)
         found += _expert_builds(architecture, kind)
@@ -203,5 +210,31 @@ def _expert_builds(architecture: int, kind: str) -> list[Build]:
             constants={"TOP_K": 2, "HAS_GATES": True, **rows.constants()},
             warps=rows.warps,
             use=kind,
+        ),
+    ]
+
+
+def _norm_builds() -> list[Build]:
+    rows = norm_linear.whole_row_block(1024)
+    return [
+        Build(
+            kernel=norm_kernels.norm_quantize_kernel,
+            pointers={
+                **{"x_ptr": "bf16", "gain_ptr": "fp32", "codes_ptr": "i8"},
+                **{"step_ptr": "fp32", "rate_ptr": "fp32"},
+            },
+            numbers=("num_rows", "width", "x_stride"),
+            constants={"HAS_GAIN": True, "EPS": 1e-6, **rows.constants()},
+            warps=rows.warps,
+        ),
+        Build(
+            kernel=norm_kernels.norm_gradient_kernel,
+            pointers={
+                **{"grad_ptr": "bf16", "x_ptr": "bf16", "gain_ptr": "fp32", "rate_ptr": "fp32"},
+                **{"out_ptr": "bf16", "partial_ptr": "fp32"},
+            },
+            numbers=("num_rows", "width", "grad_stride", "x_stride", "rows_per_program"),
+            constants={"HAS_GAIN": True, **rows.constants()},
+            warps=rows.warps,
         ),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model import attention_kernel_src as attention
+from model import rank_norm_kernels as rank_norm
 from model import sigma_kernel_backward as backward
 from model import sigma_kernel_src as scan
 from model.attention_kernels import AttentionShape, attention_tiles
@@ -57,6 +58,23 @@ def _scan_build(shape: ScanShape, kernel: Any, use: dict[str, Any]) -> Build:
         stages=shape.tiles.stages,
         use=" ".join(["bf16" if shape.in_bf16 else "fp32", *(k for k, v in use.items() if v)]),
     )
+
+
+def rank_norm_builds() -> list[Build]:
+    """The gated norm behind the scan at the default network's sizes; it has no products."""
+    found = []
+    for kernel in (rank_norm.rank_norm_kernel, rank_norm.rank_norm_backward_kernel):
+        names = kernel.arg_names
+        found.append(
+            Build(
+                kernel=kernel,
+                pointers={name: "fp32" for name in names if name.endswith("_ptr")},
+                numbers=("num_rows", "z_stride"),
+                reals=("eps",),
+                constants=rank_norm.rank_norm_constants(24, 4, 64, has_gate=True),
+            )
+        )
+    return found
 
 
 def attention_builds(architecture: int, operands: str) -> list[Build]:
