@@ -100,10 +100,11 @@ class SigmaConfig:
 
     def _validate_optim(self) -> None:
         optim = self.optim
-        if not optim.gn_damping_min <= optim.gn_damping <= optim.gn_damping_max:
+        bounds = (optim.gn_damping_min, optim.gn_damping_max)
+        if optim.optimizer == "gnprox" and not bounds[0] <= optim.gn_damping <= bounds[1]:
             raise ConfigError(
                 f"--gn-damping {optim.gn_damping:g} must lie between --gn-damping-min "
-                f"{optim.gn_damping_min:g} and --gn-damping-max {optim.gn_damping_max:g}"
+                f"{bounds[0]:g} and --gn-damping-max {bounds[1]:g}"
             )
 
     def _validate_credit(self) -> None:
