@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,9 +75,11 @@ def main() -> None:
         print_table(rows)
 
 
-def bench_config(*, d_model: int, layers: int, mamba_ratio: int = 5) -> SigmaModelConfig:
-    """The default network's proportions at a smaller width."""
-    return SigmaModelConfig(
+def bench_config(
+    *, d_model: int, layers: int, mamba_ratio: int = 5, **changes: Any
+) -> SigmaModelConfig:
+    """The default network's proportions at a smaller width; changes: fields to set otherwise."""
+    values: dict[str, Any] = dict(
         vocab_size=4096,
         d_model=d_model,
         n_layers=layers,
@@ -86,7 +89,8 @@ def bench_config(*, d_model: int, layers: int, mamba_ratio: int = 5) -> SigmaMod
         mamba_d_state=min(128, d_model // 2),
         mamba_head_dim=min(64, d_model),
         d_ff=d_model * 4 // 3 * 3,
-    ).validate()
+    )
+    return SigmaModelConfig(**(values | changes)).validate()
 
 
 def random_tokens(model: SigmaLLM, batch_size: int, length: int) -> Tensor:

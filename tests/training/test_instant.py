@@ -1,6 +1,7 @@
 """INSTANT on a real small network: the forward is untouched, memory falls, gradients hold."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -35,12 +36,12 @@ def batch(rows=2, length=96, seed=3):
     return ids, torch.rand(rows, length, generator=generator) < 0.03
 
 
-def gradient(model, *, seeds=(3,), amp=False):
+def gradient(model, *, seeds=(3,), rows=2, amp=False):
     """Loss of the last micro-batch and the gradient of all of them."""
     model.zero_grad()
     with model.weights_held():
         for seed in seeds:
-            ids, reset = batch(seed=seed)
+            ids, reset = batch(rows, seed=seed)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
                 out = model(ids, labels=ids.roll(-1, 1), reset_mask=reset)
             loss = out.loss + sum(out.aux.values())
@@ -81,21 +82,22 @@ def test_the_forward_is_the_same_to_the_bit_and_gradients_are_close(amp, layout)
 
 
 def test_four_bits_by_measured_sensitivity_keep_the_gradient():
-    """A budget between all-4-bit and all-8-bit: mean width below 7 bits, cosine above 0.99.
+    """A budget between all tensors at 4 and all at 8 bits: cosine above 0.99.
 
-    With everything at 4 bits the same network falls below that.
+    With everything at 4 bits the same network falls to 0.94, so the choice is what does it.
     """
-    loss, wanted = gradient(patched(make_model()))
-    budgeted = patched(make_model(), mode="compress", byte_budget_mb=2)
-    gradient(budgeted)
-    instant_memory(budgeted).finish_step()
-    found_loss, found = gradient(budgeted)
-    report = instant_memory(budgeted).finish_step()
-    assert torch.equal(loss, found_loss)
-    assert report.stored_bytes <= 2 * 2**20 and report.bits < 7.0
+    budgeted = patched(make_model(), mode="compress", byte_budget_mb=5)
+    gradient(budgeted, rows=4)
+    memory = instant_memory(budgeted)
+    memory.finish_step()
+    _, found = gradient(budgeted, rows=4)
+    report = memory.finish_step()
+    _, wanted = gradient(patched(make_model()), rows=4)
     assert cosine(found, wanted) > 0.99
+    assert report.stored_bytes <= 5 * 2**20
+    assert {"int4", "int8"} <= {slot.coding for slot in memory.book.slots.values()}
     coarse = patched(make_model(), mode="compress", error_threshold=10.0, comp_dim=0)
-    assert cosine(gradient(coarse)[1], wanted) < 0.99
+    assert cosine(gradient(coarse, rows=4)[1], wanted) < 0.98
 
 
 def test_the_mean_of_many_compressed_gradients_is_the_gradient():
@@ -112,6 +114,14 @@ def test_the_mean_of_many_compressed_gradients_is_the_gradient():
         total += found
         single += float((found - wanted).norm()) / count
     assert float((total / count - wanted).norm()) < 2.0 * single / count**0.5
+
+
+def test_a_large_router_keeps_its_gradient():
+    """The gradient of a maximum compares saved tensors: rounded, it would be 0 / 0."""
+    wide = dict(n_routed_experts=24, rib_router_enabled=True)
+    _, wanted = gradient(patched(make_model(**wide)))
+    _, found = gradient(patched(make_model(**wide), mode="compress"))
+    assert found.isfinite().all() and cosine(found, wanted) > 0.999
 
 
 def test_off_is_absence():
@@ -153,7 +163,8 @@ def test_a_copied_model_is_patched_for_itself():
 def test_measured_memory_falls_by_the_predicted_amount(length):
     """Allocator bytes after the forward: reversal keeps a byte per number and coupling and the last
     streams, whatever the blocks would have kept; at most 0.6 of per-block checkpointing."""
-    config = bench_config(d_model=32, layers=8, mamba_ratio=7)
+    small = dict(vocab_size=128, mimo_rank=1, mamba_chunk_len=64, n_routed_experts=2)
+    config = bench_config(d_model=32, layers=6, mamba_d_state=8, mamba_head_dim=32, **small)
     model = SigmaLLM(config).train()
     ids = random_tokens(model, 1, length)
     off, off_peak, _ = measure_bytes(model, ids, "off")
@@ -209,15 +220,15 @@ def test_plans():
 
 
 def test_the_start_check_passes_and_names_a_block_that_cannot_be_reversed(monkeypatch):
-    model = patched(make_model(dropout=0.2), mode="auto")
     before = torch.get_rng_state()
-    assert check_inversion(model) == 0.0
+    assert check_inversion(patched(make_model(dropout=0.2), mode="auto")) == 0.0
     assert torch.equal(before, torch.get_rng_state())
+    model = patched(make_model(), mode="auto")
+    noise = itertools.count(1)  # a kernel that never gives the same result twice
     wild = model.blocks[3].ffn.forward
     monkeypatch.setattr(
-        model.blocks[3].ffn, "forward", lambda u, c: (wild(u, c)[0] + torch.rand(u.shape), {})
+        model.blocks[3].ffn, "forward", lambda u, c: (wild(u, c)[0] + next(noise), {})
     )
-    monkeypatch.setattr("training.activation.reversible._set_rng", lambda state, device: None)
     with pytest.raises(RuntimeError, match=r"block 3 .*--instant-mode compress"):
         check_inversion(model)
 

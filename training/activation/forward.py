@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.bitlinear import BitLinear, expand_scale, ternarize
 from model.blocks import Block, BlockState
 from model.mla import MLA
+from model.moe import MoE
 from model.sequence import SequenceContext
 from model.sigma_llm import BlockResult, RunBlock
 from model.weight_cache import is_held
@@ -126,6 +127,7 @@ class InstantForward:
             is_shared=lambda tensor: self._is_shared(tensor, context),
             weight_forms=lambda tensor: _weight_forms(block, tensor),
             stream_elements=streams[0].numel(),
+            num_experts=block.ffn.config.n_routed_experts if isinstance(block.ffn, MoE) else 0,
             generator=self.memory.generator(streams[0].device),
             tally=self.tally,
         )

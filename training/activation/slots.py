@@ -5,7 +5,8 @@ slot, and what was learned about it holds for the next step. Every PROBE_INTERVA
 probed: is it a form of a weight (then it is left alone), small integers (then int8 without loss),
 or does the cheapest coding stay below the error threshold? 8 bits, once needed, are kept until the
 next probe. Tensors much smaller than the residual stream are left alone as well: they are norms,
-steps and decays, cheap to keep and divided by in backward.
+steps and decays, cheap to keep and divided by in backward. So are the router's: the gradient of a
+maximum looks for the entries that are equal to it, and rounded ones never are.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class BlockTensors:
 
     is_shared: tensors whose memory exists anyway. weight_forms: gives, for a tensor of a weight's
     shape, the tensors it might be, for "weight". stream_elements: numbers of a residual stream.
+    num_experts: width of the router's tensors, 0 = no router.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class BlockTensors:
         is_shared: Callable[[Tensor], bool],
         weight_forms: Callable[[Tensor], Iterator[Tensor]],
         stream_elements: int,
+        num_experts: int,
         generator: torch.Generator,
         tally: Tally,
     ) -> None:
@@ -136,6 +139,7 @@ class BlockTensors:
         self._is_shared = is_shared
         self._weight_forms = weight_forms
         self._least = max(MIN_ELEMENTS, stream_elements // STREAM_SHARE)
+        self._num_experts = num_experts
         self._generator = generator
         self._meter, self._stored = SavedMeter(is_shared), SavedMeter(is_shared)
         self._kept: dict[tuple[Any, ...], tuple[StorageWeakRef, Kept | Tensor]] = {}
@@ -170,7 +174,7 @@ class BlockTensors:
         if self._is_shared(tensor) or key in self._asked:
             return False
         self._asked.add(key)
-        large = tensor.is_floating_point() and tensor.numel() >= self._least
+        large = self._is_large(tensor)
         if large and self._is_weight(tensor):
             return False
         finite = large and bool(tensor.isfinite().all())
@@ -178,6 +182,12 @@ class BlockTensors:
             return True
         self.fixed_bytes += tensor.numel() * (1 if finite else tensor.element_size())
         return False
+
+    def _is_large(self, tensor: Tensor) -> bool:
+        """Whether rounding the tensor is worth it, and backward only multiplies with it."""
+        if not tensor.is_floating_point() or tensor.numel() < self._least:
+            return False
+        return tensor.shape[-1] != self._num_experts
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return any(torch.equal(tensor, form) for form in self._weight_forms(tensor))
@@ -187,7 +197,7 @@ class BlockTensors:
         self._kept.clear()
 
     def _encode(self, slot: Slot, tensor: Tensor) -> Kept | Tensor:
-        if not tensor.is_floating_point() or tensor.numel() < self._least:
+        if not self._is_large(tensor):
             slot.coding = "exact"
             return self._compact(tensor)
         values, stride = _flat(tensor)

@@ -31,6 +31,7 @@ class Scene:
                 [self.weight.detach().to(t.dtype)] * (t.shape == (64, 128))
             ),
             stream_elements=64 * 128,
+            num_experts=7,
             generator=self.generator,
             tally=self.tally,
         )
@@ -88,11 +89,12 @@ def test_what_is_never_rounded():
     codes = torch.randint(-127, 128, (80, 128), generator=torch.Generator()).float()
     mask = torch.zeros(80, 128).masked_fill(codes > 0, float("-inf"))
     copy = scene.weight.detach().clone()  # a form of the weight in memory of its own
-    given = [small, integers, codes, mask, copy, scene.weight]
+    routing = draw(2000, 7)
+    given = [small, integers, codes, mask, copy, routing, scene.weight]
     for found, value in zip(scene.keep(*given), given, strict=True):
         assert torch.equal(found, value)
-    assert scene.codings() == ["exact", "exact", "integers", "exact", "weight"]
-    counted = small.nbytes + integers.nbytes + codes.nbytes + mask.nbytes
+    assert scene.codings() == ["exact", "exact", "integers", "exact", "weight", "exact"]
+    counted = sum(t.nbytes for t in (small, integers, codes, mask, routing))
     assert scene.tally.original == counted
     assert scene.tally.stored == counted - codes.nbytes + codes.numel()
 
