@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -181,16 +181,23 @@ class InstantMemory:
     def state_dict(self) -> dict[str, Any]:
         """What decides the coding of the next steps."""
         return {
+            "settings": self._settings(),
             "plans": list(self.plans),
             "slots": self.book.state_dict(),
             "num_forwards": self.num_forwards,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["plans"]) != len(self.plans):
-            raise ValueError("the INSTANT state belongs to a network of another depth")
+        """Continue with what was learned; under other settings that is worth nothing."""
+        if state["settings"] != self._settings():
+            return
         self._begun = None
         self._take_over(state)
+
+    def _settings(self) -> dict[str, Any]:
+        values = asdict(self.settings) | {"blocks": len(self.plans)}
+        del values["seed"]
+        return values
 
     def _take_over(self, state: dict[str, Any]) -> None:
         self.plans = list(state["plans"])

@@ -268,3 +268,14 @@ def test_a_step_that_begins_again_draws_and_learns_the_same():
     assert torch.equal(gradient(other)[1], first)
     instant_memory(other).begin_step(4, seed=5)
     assert not torch.equal(gradient(other)[1], first)
+
+
+def test_what_was_learned_under_other_settings_is_not_taken_over():
+    model = patched(make_model(), mode="compress")
+    gradient(model)
+    state = instant_memory(model).state_dict()
+    for settings in (dict(mode="reversible"), dict(mode="compress", byte_budget_mb=9)):
+        memory = instant_memory(patched(make_model(), **settings))
+        fresh = memory.state_dict()
+        memory.load_state_dict(state)
+        assert memory.state_dict() == fresh

@@ -33,7 +33,7 @@ from model.sequence import SequenceContext
 from training.activation.meter import SavedMeter
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SAMPLES = 4096
+_SAMPLES = 1024
 
 
 class Correction(NamedTuple):
@@ -97,6 +97,7 @@ class SegmentRun:
 
     def take_sample(self, streams: tuple[Tensor, Tensor]) -> None:
         self.sample = _sample(streams)
+        self.stored_bytes += self.sample.nbytes
 
     def compare(self, streams: tuple[Tensor, Tensor]) -> None:
         assert self.sample is not None
