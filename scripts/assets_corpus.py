@@ -138,20 +138,26 @@ def deduplicate(documents: Iterable[RawDocument]) -> Iterator[dict[str, str]]:
     """
     seen: set[bytes] = set()
     for document in documents:
-        kept: list[str] = []
-        for block in document.blocks:
-            words = " ".join(block.split())
-            if len(words) >= DEDUP_MIN_CHARS:
-                digest = hashlib.blake2b(words.encode(), digest_size=16).digest()
-                if digest in seen:
-                    continue
-                seen.add(digest)
-            kept.append(block)
-        kept = _drop_empty_sections(kept)
+        kept = _drop_empty_sections(new_paragraphs(document.blocks, seen))
         text = "\n\n".join(kept) + "\n"
         readable = len(text) >= MIN_DOCUMENT_CHARS and prose_share(kept) >= MIN_PROSE_SHARE
         if kept and (readable or document.source == BIBLE_SOURCE):
             yield {"id": document.id, "source": document.source, "text": text}
+
+
+def new_paragraphs(blocks: Iterable[str], seen: set[bytes]) -> list[str]:
+    """Paragraphs that never stood before, exactly but for white space; short ones always stay.
+    `seen` is the memory."""
+    kept: list[str] = []
+    for block in blocks:
+        words = " ".join(block.split())
+        if len(words) >= DEDUP_MIN_CHARS:
+            digest = hashlib.blake2b(words.encode(), digest_size=16).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
+        kept.append(block)
+    return kept
 
 
 def prose_share(blocks: list[str]) -> float:

@@ -1,12 +1,16 @@
 """A documentation tree crawled by wget into WARC files, and read back through the crawl source.
 
-    python scripts/bench_warc.py FOLDER_OF_HTML --output bench/results/warc_wget.json
+    python scripts/bench_warc.py --name WHAT --folder FOLDER_OF_HTML --output FILE
+    python scripts/bench_warc.py --name WHAT --archives FILE.warc.gz FILE.warc.wet --output FILE
 
 The folder is served on 127.0.0.1, wget follows its links into WARC files as an archive would
 (records and compression are wget's), and `CommonCrawlSource` reads them over HTTP ranges.
 An independent reader (fastwarc) counts what is there; every page is then either a document or
 counted by reason. How well text is extracted is measured against the pages themselves: the share of
 the words of their paragraphs that came out, and what of the navigation came with them.
+
+The second form reads archives that others made, each by itself; ones that are not packed are packed
+record by record first, as Common Crawl serves them.
 """
 
 from __future__ import annotations
@@ -29,20 +33,22 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.assets_html import extract_blocks
 from scripts.soak import code_version
-from tests.fakeworld.clients import make_client
+from tests.fakeworld.clients import drain, make_client
 from tests.fakeworld.server import FakeWorld
+from tests.training.sources.test_real_archives import split_records
 from training.sources.base import Document, SourceExhausted
 from training.sources.commoncrawl import CommonCrawlSource
 
 CRAWL = "CC-MAIN-2026-46"
 FILE_BYTES = "400k"  # of a WARC file, so that there are several
 ROUNDS = 5
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -97,23 +103,31 @@ def count_records(files: list[Path]) -> tuple[dict[str, int], dict[str, bytes]]:
                     continue
                 is_html = record.http_content_type == "text/html"
                 if record.http_headers.status_code == 200 and is_html:
-                    pages[record.headers["WARC-Target-URI"].strip("<>")] = record.reader.read()
+                    address = record.headers["WARC-Target-URI"] or ""
+                    pages[address.strip("<>")] = record.reader.read()
     return dict(counts), pages
 
 
-def read(world: FakeWorld, files: list[str], *, parallel_files: int) -> dict[str, Any]:
-    """All documents of the archives, with what was left out and how long it took."""
-    source = CommonCrawlSource(
+def make_source(
+    world: FakeWorld, *, num_files: int, kind: Literal["wet", "warc"], parallel_files: int = 1
+) -> CommonCrawlSource:
+    """A source that reads all files of the one crawl that a world serves."""
+    return CommonCrawlSource(
         client=make_client(read_timeout_s=60.0),
         crawls=1,
-        wet_paths_per_crawl=len(files),
+        wet_paths_per_crawl=num_files,
         records_per_file=10**6,
-        kind="warc",
+        kind=kind,
         languages=(),
         parallel_files=parallel_files,
         index_url=world.url + "/collinfo.json",
         data_url=world.url,
     )
+
+
+def read(world: FakeWorld, *, num_files: int, parallel_files: int) -> dict[str, Any]:
+    """All documents of the archives, with what was left out and how long it took."""
+    source = make_source(world, num_files=num_files, kind="warc", parallel_files=parallel_files)
     documents: list[Document] = []
     start, work = time.perf_counter(), time.process_time()
     while True:
@@ -167,6 +181,37 @@ def extraction(texts: list[str], pages: dict[str, bytes]) -> dict[str, float]:
     }
 
 
+def read_alone(path: Path) -> dict[str, Any]:
+    """What one archive gives: every record of the kind that holds text is a document, left out by
+    reason, or lost."""
+    kind = "wet" if path.suffix == ".wet" else "warc"
+    content = path.read_bytes()
+    if not content.startswith(GZIP_MAGIC):
+        content = b"".join(gzip.compress(record, mtime=0) for record in split_records(content))
+    name = f"crawl-data/{CRAWL}/{path.name}"
+    with FakeWorld() as world:
+        world.resources = {f"/{name}": content}
+        world.resources["/collinfo.json"] = json.dumps([{"id": CRAWL}]).encode()
+        world.resources[f"/crawl-data/{CRAWL}/{kind}.paths.gz"] = gzip.compress(name.encode())
+        source = make_source(world, num_files=1, kind=kind)
+        documents, errors = drain(source)
+        source.close()
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        file.write(content)
+    counts, _ = count_records([Path(file.name)])
+    os.unlink(file.name)
+    wanted = counts.get("conversion" if kind == "wet" else "response", 0)
+    return {
+        "records_by_fastwarc": counts,
+        "documents": len(documents),
+        "characters": sum(len(document.text) for document in documents),
+        "left_out_by_reason": dict(source.rejected),
+        "lost_without_a_reason": wanted - len(documents) - source.rejected.total(),
+        "ended_by": [str(error.reason) for error in errors if not error.transient],
+        "begins": documents[0].text[:80] if documents else "",
+    }
+
+
 def measure(folder: Path) -> dict[str, Any]:
     """Crawl, read with one and with four files at a time, and compare."""
     with tempfile.TemporaryDirectory() as home, served(folder) as url:
@@ -181,7 +226,7 @@ def measure(folder: Path) -> dict[str, Any]:
         runs: dict[int, list[dict[str, Any]]] = {1: [], 4: []}
         for _ in range(ROUNDS):
             for number, kept in runs.items():
-                kept.append(read(world, list(packed), parallel_files=number))
+                kept.append(read(world, num_files=len(packed), parallel_files=number))
     first = runs[1][0]
     texts = [document.text for document in first["documents"]]
     same = all(
@@ -216,14 +261,21 @@ def measure(folder: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--name", required=True, help="what the folder is, with its version")
+    material = parser.add_mutually_exclusive_group(required=True)
+    material.add_argument("--folder", type=Path, help="HTML files to crawl")
+    material.add_argument("--archives", type=Path, nargs="+", help="archives to read")
+    parser.add_argument("--name", required=True, help="what the material is, with its version")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
+    if options.folder:
+        name = f"{options.name}, crawled by wget, read as WARC over HTTP ranges from 127.0.0.1"
+        found = {**measure(options.folder), "rounds": ROUNDS}
+    else:
+        name = f"{options.name}, each read over HTTP ranges from 127.0.0.1"
+        found = {"archives": {path.name: read_alone(path) for path in options.archives}}
     report = {
-        "what": f"{options.name}, crawled by wget, read as WARC over HTTP ranges from 127.0.0.1",
-        **measure(options.folder),
-        "rounds": ROUNDS,
+        "what": name,
+        **found,
         "code": code_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}",

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.assets_corpus import DEDUP_MIN_CHARS, MIN_DOCUMENT_CHARS, RawDocument
+from scripts.assets_corpus import MIN_DOCUMENT_CHARS, RawDocument, new_paragraphs
 from scripts.corpus_recipes import RECIPES, Recipe
 from training.sources.base import hash_of, split_of
 from training.sources.byte_stream import import_zstandard
@@ -78,16 +78,7 @@ def deduplicate(documents: Iterable[RawDocument], seen: set[bytes]) -> Iterator[
     """Documents without paragraphs that stood before, exactly but for white space; those left too
     short go. `seen` is the memory, shared between calls."""
     for document in documents:
-        kept: list[str] = []
-        for block in document.blocks:
-            words = " ".join(block.split())
-            if len(words) >= DEDUP_MIN_CHARS:
-                digest = hashlib.blake2b(words.encode(), digest_size=16).digest()
-                if digest in seen:
-                    continue
-                seen.add(digest)
-            if "\0" not in block:
-                kept.append(block)
+        kept = [block for block in new_paragraphs(document.blocks, seen) if "\0" not in block]
         text = "\n\n".join(kept) + "\n"
         if len(text) >= MIN_DOCUMENT_CHARS and any(not block.startswith("#") for block in kept):
             yield {"id": document.id, "source": document.source, "text": text}

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.sources.base import JSON
 from training.sources.byte_stream import CODEC_OF_SUFFIX, Codec
 
 TEXT_SUFFIXES = ".txt .text .md .markdown .rst .tex .org .adoc"
@@ -101,6 +102,15 @@ def digest_of(files: Iterable[ListedFile]) -> str:
     for file in files:
         digest.update(f"{file.name}\0{file.size}\0{file.kind}\0".encode())
     return digest.hexdigest()
+
+
+def check_same_files(state: dict[str, JSON], *, digest: str, name: str) -> None:
+    """ValueError when a saved position of the source `name` belongs to files of another digest."""
+    if state.get("files") != digest:
+        raise ValueError(
+            f"the saved position of {name} belongs to other files: names or sizes have "
+            "changed since; restore them, or start afresh with --no-resume"
+        )
 
 
 def _missing_line(path: Path) -> str:

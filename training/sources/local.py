@@ -17,7 +17,7 @@ from typing import Any
 
 from training.sources.base import JSON, Document, SourceError, SourceExhausted
 from training.sources.byte_stream import DamagedFile, import_zstandard
-from training.sources.file_list import digest_of, list_files
+from training.sources.file_list import check_same_files, digest_of, list_files
 from training.sources.file_readers import (
     JsonReader,
     ParquetReader,
@@ -118,11 +118,7 @@ class LocalSource:
 
     def load_state_dict(self, state: dict[str, JSON]) -> None:
         """Go to a saved place. ValueError when it belongs to other files."""
-        if state.get("files") != self._identity["files"]:
-            raise ValueError(
-                f"the saved position of {self.name} belongs to other files: names or sizes have "
-                "changed since; restore them, or start afresh with --no-resume"
-            )
+        check_same_files(state, digest=self._identity["files"], name=self.name)
         self._close_reader()
         self._index = state["index"]
         self._position = dict(state["position"])

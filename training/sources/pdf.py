@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training.sources.base import JSON, Document, SourceError, SourceExhausted
-from training.sources.file_list import ListedFile, digest_of, list_files
+from training.sources.file_list import ListedFile, check_same_files, digest_of, list_files
 from training.sources.pdf_text import clean_page, cut_place
 from training.sources.pdf_worker import PdfWorker, WorkerLost
 
@@ -104,11 +104,7 @@ class PdfSource:
 
     def load_state_dict(self, state: dict[str, JSON]) -> None:
         """Go to a saved place. ValueError when it belongs to other files."""
-        if state.get("files") != self._identity["files"]:
-            raise ValueError(
-                f"the saved position of {self.name} belongs to other files: names or sizes have "
-                "changed since; restore them, or start afresh with --no-resume"
-            )
+        check_same_files(state, digest=self._identity["files"], name=self.name)
         self._leave_file()
         self._place = dict(state["place"])
         self.rejected.clear()

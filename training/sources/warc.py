@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Any
 
 from training.sources.base import SourceError
 from training.sources.net import FileVersion, HttpClient
@@ -182,48 +183,85 @@ def open_text_reader(kind: str) -> Callable[[bytes], tuple[str, str] | None]:
     own header (`eng,deu`), empty where there is none.
     """
     try:
-        from fastwarc.warc import ArchiveIterator, WarcRecordType
-        from resiliparse.extract.html2text import extract_plain_text
-        from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
+        return _TextReader(is_wet=kind == "wet")
     except ImportError as error:
         raise SourceError(
             "Common Crawl needs the packages fastwarc and resiliparse: pip install resiliparse",
             reason="missing_package",
             transient=False,
         ) from error
-    is_wet = kind == "wet"
-    wanted = WarcRecordType.conversion if is_wet else WarcRecordType.response
 
-    def read_page(record) -> str:
-        if record.http_headers is None or record.http_headers.status_code != 200:
-            raise BadRecord("http_status")
-        if (record.http_content_type or "").lower() not in _HTML_TYPES:
-            raise BadRecord("content_type")
-        page = record.reader.read(MAX_PAGE_BYTES + 1)
-        if len(page) > MAX_PAGE_BYTES:
-            raise BadRecord("too_large")
-        named = record.http_charset or detect_encoding(page, from_html_meta=True) or "utf-8"
-        encoding = map_encoding_to_html5(named) or "utf-8"
-        return extract_plain_text(
-            bytes_to_str(page, encoding),
+
+class _TextReader:
+    """See open_text_reader. The libraries are imported when one is made, not with the module."""
+
+    def __init__(self, *, is_wet: bool) -> None:
+        from fastwarc.warc import ArchiveIterator, WarcRecordType
+        from resiliparse.extract import html2text
+        from resiliparse.parse import encoding
+
+        self._is_wet = is_wet
+        self._open = ArchiveIterator
+        self._wanted = WarcRecordType.conversion if is_wet else WarcRecordType.response
+        self._html2text = html2text
+        self._encoding = encoding
+
+    def __call__(self, content: bytes) -> tuple[str, str] | None:
+        try:
+            record = self._first_record(content, decode="all")
+            if not self._is_alone(content):  # between records there is no position to resume at
+                raise BadRecord("many_records")
+            if record.record_type != self._wanted:
+                return None
+            languages = record.headers.get("WARC-Identified-Content-Language") or ""
+            text = record.reader.read().decode() if self._is_wet else self._page(record, content)
+        except UnicodeDecodeError as error:
+            raise BadRecord("bad_utf8") from error
+        except (OSError, LookupError, ValueError, RuntimeError) as error:
+            raise BadRecord("bad_record") from error
+        return text.strip(), languages
+
+    def _first_record(self, content: bytes, *, decode: str) -> Any:
+        stream = io.BytesIO(content)
+        records = self._open(stream, parse_http=not self._is_wet, auto_decode=decode)
+        record = next(iter(records), None)
+        if record is None:
+            raise BadRecord("bad_record")
+        return record
+
+    def _is_alone(self, content: bytes) -> bool:
+        records = iter(self._open(io.BytesIO(content), parse_http=False))
+        return next(records, None) is None or next(records, None) is None
+
+    def _page(self, record: Any, content: bytes) -> str:
+        """The main text of a page."""
+        try:
+            page = _body_of(record)
+        except OSError:
+            # Many archives keep the headers of a packed body that they store unpacked, Common
+            # Crawl's of 2014 among them.
+            record = self._first_record(content, decode="none")
+            page = _body_of(record)
+            if page.lstrip()[:1] != b"<":
+                raise
+        encodings = self._encoding
+        named = record.http_charset or encodings.detect_encoding(page, from_html_meta=True)
+        encoding = encodings.map_encoding_to_html5(named or "utf-8") or "utf-8"
+        return self._html2text.extract_plain_text(
+            encodings.bytes_to_str(page, encoding),
             main_content=True,
             alt_texts=False,
             preserve_formatting=True,
         )
 
-    def read_text(content: bytes) -> tuple[str, str] | None:
-        try:
-            records = ArchiveIterator(io.BytesIO(content), parse_http=not is_wet, auto_decode="all")
-            record = next(iter(records), None)
-            if record is None:
-                raise BadRecord("bad_record")
-            if record.record_type != wanted:
-                return None
-            text = record.reader.read().decode() if is_wet else read_page(record)
-        except UnicodeDecodeError as error:
-            raise BadRecord("bad_utf8") from error
-        except (OSError, LookupError, ValueError, RuntimeError) as error:
-            raise BadRecord("bad_record") from error
-        return text.strip(), record.headers.get("WARC-Identified-Content-Language") or ""
 
-    return read_text
+def _body_of(record: Any) -> bytes:
+    """What a server answered, if it is a page."""
+    if record.http_headers is None or record.http_headers.status_code != 200:
+        raise BadRecord("http_status")
+    if (record.http_content_type or "").lower() not in _HTML_TYPES:
+        raise BadRecord("content_type")
+    page = record.reader.read(MAX_PAGE_BYTES + 1)
+    if len(page) > MAX_PAGE_BYTES:
+        raise BadRecord("too_large")
+    return page

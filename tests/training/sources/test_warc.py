@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import re
 import zlib
 
 import pytest
@@ -152,6 +153,28 @@ def test_text_of_a_page():
         assert "Grüße aus Köln" in text and "zweiter Absatz" in text
         assert "Imprint" not in text and "Home" not in text and "<p>" not in text
     assert read_text(record("request", {}, b"GET / HTTP/1.1\r\n\r\n")) is None
+
+
+@pytest.mark.parametrize("header", ["Content-Encoding: gzip", "Transfer-Encoding: chunked"])
+def test_a_page_stored_unpacked_under_the_headers_of_a_packed_one(header):
+    """As in the archives of 2014; a body that is neither as its headers say nor a page is bad."""
+    whole = warc_record(make_pages("stored", 1)[0])
+    head = header.encode() + b"\r\n"
+    expected = open_text_reader("warc")(whole)
+    changed = whole.replace(b"Content-Type: text/html", head + b"Content-Type: text/html")
+    size = int(re.search(rb"Content-Length: (\d+)", whole)[1])
+    changed = changed.replace(b": %d\r\n" % size, b": %d\r\n" % (size + len(head)), 1)
+    assert open_text_reader("warc")(changed) == expected
+    with pytest.raises(BadRecord, match="bad_record"):
+        open_text_reader("warc")(changed.replace(b"<html>", b"\x03html>"))
+
+
+def test_records_that_share_a_member_are_counted_not_lost():
+    pages = [warc_record(page) for page in make_pages("shared", 2)]
+    about = record("warcinfo", {}, b"software: x\r\n")
+    for content in (b"".join(pages), about + pages[0]):
+        with pytest.raises(BadRecord, match="many_records"):
+            open_text_reader("warc")(content)
 
 
 @pytest.mark.parametrize(
