@@ -12,6 +12,7 @@ changes less than the clock; medians of the rounds.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import os
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,7 +45,7 @@ from training.sources.pdf import PdfSource
 from training.sources.registry import SourceSpec
 from training.sources.synthetic import SyntheticSource
 from training.stream import open_stream
-from training.stream.batch import Batch
+from training.stream.shards import MemoryStore, Shard
 from training.tokenizer import Tokenizer
 
 FLAGS = (
@@ -52,6 +53,7 @@ FLAGS = (
     "--spool-max-mb", "0", "--source-read-timeout-sec", "600", "--stream-shuffle-buffer", "16",
 )  # fmt: skip
 FILES = 8
+Speed = tuple[float, float]  # tokens per processor second, and per second
 CRAWL = "CC-MAIN-2026-46"
 
 
@@ -100,13 +102,24 @@ def makers(world: FakeWorld, texts: Path, pdfs: Path) -> dict[str, tuple[str, Ca
     }
 
 
-def stream_batches(chosen: dict[str, tuple[str, Callable[[], Any]]]) -> Iterator[Batch]:
-    """Batches of a stream over these sources, equally weighted."""
+def run_stream(chosen: dict[str, tuple[str, Callable[[], Any]]], batches: int) -> Speed:
+    """A stream over these sources, equally weighted, from the request for the first batch on.
+
+    What was made and not handed out counts as well, since it was worked for.
+    """
     config = parse_args(list(FLAGS))
     tokenizer = Tokenizer.from_name("assets-4k")
     specs = [SourceSpec(key=name, kind=kind, weight=1.0) for name, (kind, _) in chosen.items()]
+    made: list[int] = []
+
+    class CountingStore(MemoryStore):
+        def put(self, shard: Shard) -> None:
+            made.append(len(shard.tokens))
+            super().put(shard)
+
     with (
         tempfile.TemporaryDirectory() as spool,
+        mock.patch.object(open_stream, "MemoryStore", CountingStore),
         mock.patch.object(open_stream, "source_specs", lambda *args, **options: specs),
         mock.patch.object(open_stream, "open_source", lambda spec, config: chosen[spec.key][1]()),
     ):
@@ -117,22 +130,28 @@ def stream_batches(chosen: dict[str, tuple[str, Callable[[], Any]]]) -> Iterator
             spool_directory=Path(spool),
             evaluation=build_evaluation_index(config),
         )
-        try:
-            while True:
-                yield stream.next_batch()
-        finally:
-            stream.close()
+        made.clear()
+        start = _clocks()
+        for _ in range(batches):
+            stream.next_batch()
+        result = _speed(sum(made), start)
+        stream.close()
+    return result
 
 
-def speed(batches: Iterator[Batch], count: int) -> tuple[float, float]:
-    """Tokens per processor second and per second, after the first batch.
+def run_plainly(folder: Path, batches: int) -> Speed:
+    rows = plain_batches(folder, Tokenizer.from_name("assets-4k"))
+    start = _clocks()
+    return _speed(sum(next(rows).input_ids.numel() for _ in range(batches)), start)
 
-    Without threads nothing is made ahead but the rest of a shard of 16 documents.
-    """
-    next(batches)
-    work, start = time.process_time(), time.perf_counter()
-    tokens = sum(next(batches).input_ids.numel() for _ in range(count))
-    return tokens / (time.process_time() - work), tokens / (time.perf_counter() - start)
+
+def _clocks() -> tuple[float, float]:
+    return time.process_time(), time.perf_counter()
+
+
+def _speed(tokens: int, start: tuple[float, float]) -> Speed:
+    work, clock = (now - then for now, then in zip(_clocks(), start, strict=True))
+    return tokens / work, tokens / clock
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,16 +167,14 @@ def main(arguments: list[str] | None = None) -> int:
     with FakeWorld() as world:
         serve(world, texts)
         sources = makers(world, options.folder, options.pdf)
-        ways: dict[str, Callable[[], Iterator[Batch]]] = {
-            "datasets + tokenizers, plainly": lambda: plain_batches(
-                options.folder, Tokenizer.from_name("assets-4k")
-            ),
-            **{name: lambda name=name: stream_batches({name: sources[name]}) for name in sources},
-            "all six mixed": lambda: stream_batches(sources),
+        ways: dict[str, Callable[[int], Speed]] = {
+            "datasets + tokenizers, plainly": functools.partial(run_plainly, options.folder),
+            **{name: functools.partial(run_stream, {name: sources[name]}) for name in sources},
+            "all six mixed": functools.partial(run_stream, sources),
         }
         for _ in range(options.rounds):
-            for name, make in ways.items():
-                found.setdefault(name, []).append(speed(make(), options.batches))
+            for name, run in ways.items():
+                found.setdefault(name, []).append(run(options.batches))
                 print(name, *(f"{value:,.0f}" for value in found[name][-1]), flush=True)
     report = {
         "what": f"tokens of assets-4k, rows of 512, {options.batches} batches of 8 a round; no "
