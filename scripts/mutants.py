@@ -69,8 +69,9 @@ class Mutant:
 def mutants_of(module: str, source: str) -> Iterator[Mutant]:
     """All mutants of a module's source; docstrings, annotations and messages stay."""
     tree = ast.parse(source)
+    settings = {part for node in ast.walk(tree) for part in decorator_parts(node)}
     for number, node in enumerate(ast.walk(tree)):
-        for choice, what in enumerate(describe_changes(node)):
+        for choice, what in enumerate([] if node in settings else describe_changes(node)):
             changed = copy.deepcopy(tree)
             target = next(n for place, n in enumerate(ast.walk(changed)) if place == number)
             change(target, choice)
@@ -78,6 +79,12 @@ def mutants_of(module: str, source: str) -> Iterator[Mutant]:
             yield Mutant(
                 module=module, line=line, what=what, tree=ast.fix_missing_locations(changed)
             )
+
+
+def decorator_parts(node: ast.AST) -> Iterator[ast.AST]:
+    """Settings of a data class, which say how it is kept and not what it does."""
+    for decorator in getattr(node, "decorator_list", ()):
+        yield from ast.walk(decorator)
 
 
 def describe_changes(node: ast.AST) -> list[str]:
@@ -199,9 +206,9 @@ def run(modules: Sequence[str], *, seed: int, minutes: float, count: int) -> dic
     torch.set_num_threads(1)
     start, tried, survivors = time.monotonic(), dict.fromkeys(modules, 0), []
     pool = [m for name in modules for m in mutants_of(name, source_of(name).read_text("utf-8"))]
-    for name in modules:
-        if is_noticed(None, TESTS[name]):
-            raise RuntimeError(f"the tests of {name} fail without any mutant")
+    for tests in dict.fromkeys(TESTS[name] for name in modules):
+        if is_noticed(None, tests):
+            raise RuntimeError(f"{tests[0]} and those after it fail without any mutant")
     random.Random(seed).shuffle(pool)
     for mutant in pool[: count or None]:
         if time.monotonic() - start > 60.0 * minutes:
