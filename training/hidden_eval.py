@@ -3,9 +3,13 @@
 The questions were drawn by `scripts/build_hidden_eval.py` from a seed that is not in the project;
 `hidden_eval_manifest.json` keeps its sha256 (so that whoever holds the seed can prove that nothing
 was picked by hand), the questions in packed form, and of each answer a salted hash only. The model
-ranks four continuations by log likelihood per byte; its first choice is hashed and compared. It
-ranks and does not write, because a small model writes no right answer for millions of tokens, and a
-figure that does not move measures nothing. Guessing gives 25 %.
+answers in two ways. Ranked: of four continuations the one with the highest log likelihood per byte
+is hashed and compared; guessing gives 25 %. Greedy: what the model would write, the most likely
+token after each, is compared; guessing gives nothing. Greedy decoding is the definition
+(MECHANISMS 8.2), but a small model writes no right answer for millions of tokens, and a figure that
+does not move measures nothing, so the ranked share is the headline and both are recorded. Greedy
+costs no second pass: a model writes exactly a given text if and only if each of its tokens is the
+most likely one after those before, and no choice is the beginning of another.
 
 The hashes keep answers out of texts, searches and accidents. They are no secret from someone who
 runs this file on every choice; what keeps a run honest is that nothing that trains can import it,
@@ -70,12 +74,14 @@ class HiddenManifest:
 
 @dataclass(slots=True, kw_only=True)
 class HiddenResult:
-    """Share of questions answered rightly, its 95 % Wilson interval, and how many were asked."""
+    """Share of questions answered rightly, its 95 % Wilson interval, and how many were asked;
+    `greedy`: the share whose right answer is what the model would write."""
 
     hidden_eval_pass: float
     hidden_eval_ci_low: float
     hidden_eval_ci_high: float
     hidden_eval_n: int
+    hidden_eval_greedy_pass: float
 
 
 def answer_hash(choice: str, *, salt: bytes, prompt: str) -> bytes:
@@ -166,31 +172,36 @@ def evaluate_hidden(
     `model(input_ids (B, T)).logits` must be (B, T, V) with logits[t] for token t + 1.
     """
     texts = [(q.prompt, choice) for q in questions for choice in q.choices]
-    scores = iter(score_continuations(model, tokenizer, texts, device=device, autocast=autocast))
-    passed = 0
+    read = iter(read_continuations(model, tokenizer, texts, device=device, autocast=autocast))
+    passed = written = 0
     for question in questions:
-        ranked = [(next(scores), choice) for choice in question.choices]
+        ranked = [(*next(read), choice) for choice in question.choices]
         best = max(range(len(ranked)), key=lambda place: ranked[place][0])
-        passed += question.is_answered_by(ranked[best][1])
+        passed += question.is_answered_by(ranked[best][2])
+        # Two choices can be written only where tokens tie; then the first one is.
+        answer = next((choice for _, greedy, choice in ranked if greedy), None)
+        written += answer is not None and question.is_answered_by(answer)
     low, high = wilson_interval(passed, len(questions))
     return HiddenResult(
         hidden_eval_pass=passed / len(questions),
         hidden_eval_ci_low=low,
         hidden_eval_ci_high=high,
         hidden_eval_n=len(questions),
+        hidden_eval_greedy_pass=written / len(questions),
     )
 
 
 @torch.no_grad()
-def score_continuations(
+def read_continuations(
     model: nn.Module,
     tokenizer: Tokenizer,
     texts: Sequence[tuple[str, str]],
     *,
     device: torch.device | str,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
-) -> list[float]:
-    """Log likelihood in nats per byte of each continuation after its prompt."""
+) -> list[tuple[float, bool]]:
+    """Of each continuation after its prompt: log likelihood in nats per byte, and whether it is
+    what greedy decoding writes there."""
     training_modules = [module for module in model.modules() if module.training]
     model.eval()
     rows = []
@@ -198,17 +209,17 @@ def score_continuations(
         before = [tokenizer.end_id, *tokenizer.encode(prompt)]
         rows.append((before, tokenizer.encode(continuation), len(continuation.encode())))
     order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]) + len(rows[place][1]))
-    scores = [0.0] * len(rows)
+    found = [(0.0, False)] * len(rows)
     try:
         for group in _groups(order, rows):
             with (autocast or nullcontext)():
                 values = _score_rows(model, [rows[place] for place in group], device=device)
             for place, value in zip(group, values, strict=True):
-                scores[place] = value
+                found[place] = value
     finally:
         for module in training_modules:
             module.training = True
-    return scores
+    return found
 
 
 def wilson_interval(passed: int, total: int, *, z: float = Z_95) -> tuple[float, float]:
@@ -239,7 +250,9 @@ def _groups(order: list[int], rows: list[Row]) -> list[list[int]]:
     return groups
 
 
-def _score_rows(model: nn.Module, rows: list[Row], *, device: torch.device | str) -> list[float]:
+def _score_rows(
+    model: nn.Module, rows: list[Row], *, device: torch.device | str
+) -> list[tuple[float, bool]]:
     """Padding stands behind the text, where a causal model cannot see it."""
     width = max(len(before) + len(after) for before, after, _ in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
@@ -250,8 +263,10 @@ def _score_rows(model: nn.Module, rows: list[Row], *, device: torch.device | str
     for place, (before, after, num_bytes) in enumerate(rows):
         span = slice(len(before) - 1, len(before) + len(after) - 1)
         likely = logits[place, span].log_softmax(dim=-1)
-        chosen = likely.gather(1, torch.tensor(after, device=likely.device)[:, None])
-        scores.append(float(chosen.double().sum()) / num_bytes)
+        own = torch.tensor(after, device=likely.device)
+        chosen = likely.gather(1, own[:, None])
+        greedy = bool((likely.argmax(dim=-1) == own).all())
+        scores.append((float(chosen.double().sum()) / num_bytes, greedy))
     return scores
 
 

@@ -23,7 +23,13 @@ from torch import nn
 
 from training.runtime.checkpoint import CheckpointError, CheckpointStore
 
-COLUMNS = ("hidden_eval_pass", "hidden_eval_ci_low", "hidden_eval_ci_high", "hidden_eval_n")
+COLUMNS = (
+    "hidden_eval_pass",
+    "hidden_eval_ci_low",
+    "hidden_eval_ci_high",
+    "hidden_eval_n",
+    "hidden_eval_greedy_pass",
+)
 TIME_LIMIT_S = 1800.0
 Result = dict[str, Any]
 

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import binomtest
 
 from model.config import SigmaModelConfig
+from model.generation import generate
 from model.sigma_llm import SigmaLLM
 from tests.training.hidden_models import KnowingModel, UnigramModel, true_choice
 from training.hidden_eval import (
@@ -18,8 +19,8 @@ from training.hidden_eval import (
     decode_manifest,
     encode_manifest,
     evaluate_hidden,
+    read_continuations,
     read_manifest,
-    score_continuations,
     wilson_interval,
 )
 from training.sources.embedded import EmbeddedCorpus
@@ -90,6 +91,7 @@ def test_positive_control_a_model_that_knows_is_always_right():
     knowing = KnowingModel(TOKENIZER, [(q.prompt, true_choice(q)) for q in MANIFEST.questions])
     result = evaluate(knowing)
     assert result.hidden_eval_pass == 1.0 and result.hidden_eval_n == len(MANIFEST.questions)
+    assert result.hidden_eval_greedy_pass == 1.0
     assert result.hidden_eval_ci_low > 0.99
     assert result.hidden_eval_ci_high == pytest.approx(1.0)
 
@@ -101,7 +103,8 @@ def test_a_model_that_is_always_wrong_scores_nothing():
         for choice in q.choices
         if choice != true_choice(q)
     ]
-    assert evaluate(KnowingModel(TOKENIZER, wrong)).hidden_eval_pass == 0.0
+    result = evaluate(KnowingModel(TOKENIZER, wrong))
+    assert result.hidden_eval_pass == result.hidden_eval_greedy_pass == 0.0
 
 
 def test_negative_control_models_that_know_nothing_are_at_chance():
@@ -123,7 +126,7 @@ def test_a_model_without_context_is_at_chance():
 def test_scores_are_log_likelihoods_per_byte_whatever_the_batch():
     model = tiny_model(3).eval()
     texts = [(q.prompt, choice) for q in MANIFEST.questions[:40] for choice in q.choices]
-    together = score_continuations(model, TOKENIZER, texts, device="cpu")
+    together = read_continuations(model, TOKENIZER, texts, device="cpu")
     for place in range(0, len(texts), 13):
         prompt, continuation = texts[place]
         before = [TOKENIZER.end_id, *TOKENIZER.encode(prompt)]
@@ -134,7 +137,22 @@ def test_scores_are_log_likelihoods_per_byte_whatever_the_batch():
         with torch.no_grad():
             loss = float(model(tokens, labels=labels).loss)
         expected = -loss * len(after) / len(continuation.encode())
-        assert together[place] == pytest.approx(expected, rel=1e-5)
+        assert together[place][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_counts_as_written_is_what_greedy_decoding_writes():
+    """The oracle is `generate`: of each question its own greedy text, and another one."""
+    model = tiny_model(3).eval()
+    for question in MANIFEST.questions[:12]:
+        before = [TOKENIZER.end_id, *TOKENIZER.encode(question.prompt)]
+        tokens = generate(model, torch.tensor([before]), max_new_tokens=6, temperature=0.0)
+        own = TOKENIZER.decode(tokens[0, len(before) :].tolist())
+        other = question.choices[0]
+        texts = [(question.prompt, own), (question.prompt, other)]
+        found = read_continuations(model, TOKENIZER, texts, device="cpu")
+        if TOKENIZER.encode(own) == tokens[0, len(before) :].tolist():
+            assert found[0][1]
+        assert found[1][1] == (TOKENIZER.encode(other) == TOKENIZER.encode(own)[: len(other)])
 
 
 def test_evaluating_is_deterministic_and_leaves_the_model_alone():

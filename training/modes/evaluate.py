@@ -61,6 +61,7 @@ def _run_hidden(config: SigmaConfig) -> int:
         f"{result.hidden_eval_pass:.1%} of {result.hidden_eval_n} hidden questions answered "
         f"rightly (95 % interval {result.hidden_eval_ci_low:.1%} to "
         f"{result.hidden_eval_ci_high:.1%}; guessing gives {manifest.chance:.1%}), "
+        f"{result.hidden_eval_greedy_pass:.1%} written by greedy decoding, "
         f"checkpoint of step {step}"
     )
     print(json.dumps(report) if config.run.json else sentence)

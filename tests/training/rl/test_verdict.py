@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.rl.sandbox_child import decode, encode
-from training.rl.sandbox_job import ENDED, OVERSIZE, TIMEOUT, Reply
-from training.rl.verdict import CodeTask, decide, draw_exam, values_equal
+from training.rl.sandbox_job import ENDED, OVERSIZE, PROGRAM_LIMIT_CHARS, TIMEOUT, Reply
+from training.rl.verdict import CodeTask, decide, draw_exam, judge, values_equal
 
 SCALARS = st.one_of(
     st.none(),
@@ -81,6 +81,25 @@ def test_values_that_are_equal_have_equal_text(left, right):
 def test_a_neighbour_is_not_the_value(expected, actual):
     assert not values_equal(expected, actual, rel_tol=1.0, abs_tol=0.0)
     assert not values_equal(actual, expected, rel_tol=1.0, abs_tol=0.0)
+
+
+def test_zero_has_no_sign_inside_a_set_either():
+    assert values_equal({(0.0, 1)}, {(-0.0, 1)}) and values_equal({0j}, {-0j})
+
+
+class NothingToRun:
+    """A sandbox that must not be given a program."""
+
+    def run_many(self, jobs, *, limit_s):
+        assert list(jobs) == []
+        return []
+
+
+@pytest.mark.parametrize("program", ["", " \n", "x" * (PROGRAM_LIMIT_CHARS + 1)])
+def test_a_program_that_needs_no_run_never_passes(program):
+    sandbox = NothingToRun()
+    verdict = judge(program, task=TASK, sandbox=sandbox, rng=random.Random(0), limit_s=1.0)
+    assert not verdict.passed and verdict.num_right == 0 and verdict.num_cases == TASK.num_cases
 
 
 def test_what_is_not_a_number_equals_itself_only():
