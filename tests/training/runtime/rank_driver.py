@@ -56,6 +56,10 @@ def obey(store: RankCheckpointStore, ops: DrivenOps, rank: int, order: list) -> 
             found.tensors["model"]["w"], tensors["model"]["w"]
         )
         return {"step": found.step, "exact": exact, "quarantined": store.quarantine_count}
+    if name == "alone":
+        # The negative control: a rank that asks nobody what it has seen.
+        store._together = lambda work: [work()]  # type: ignore[method-assign]
+        return {}
     setattr(ops, name, value)
     return {}
 

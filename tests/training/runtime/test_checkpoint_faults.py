@@ -23,6 +23,7 @@ from tests.training.runtime.faults import (
     open_store,
     save_steps,
 )
+from training.runtime.atomic_io import remove_tree
 from training.runtime.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -228,21 +229,34 @@ def test_failures_that_are_no_damage_never_quarantine(two_saved: Path) -> None:
     assert min(outcomes.values()) >= 20 and sum(outcomes.values()) == 500
 
 
-def test_disk_full_at_every_moment_of_many_saves(two_saved: Path) -> None:
-    """R22: 500 saves to a disk that fills after some bytes; a sound step is there throughout."""
+class FillingOps(QuietOps):
+    """A disk with room for `left` more bytes."""
 
-    class FillingOps(QuietOps):
-        left = 10**9
+    left = 10**9
 
-        def write(self, descriptor: int, data: memoryview) -> int:
-            if self.left <= 0:
-                raise make_error(errno.ENOSPC)
-            written = super().write(descriptor, data[: self.left])
-            self.left -= written
-            return written
+    def write(self, descriptor: int, data: memoryview) -> int:
+        if self.left <= 0:
+            raise make_error(errno.ENOSPC)
+        written = super().write(descriptor, data[: self.left])
+        self.left -= written
+        return written
 
+
+class DeletesFirst(CheckpointStore):
+    """Makes room before it has something new."""
+
+    def _make_directory(self, step: int) -> Path:
+        for path in sorted(self.directory.glob("checkpoint_step_*")):
+            remove_tree(self._ops, path)
+        return super()._make_directory(step)
+
+
+def save_while_the_disk_fills(
+    directory: Path, *, store_type: type[CheckpointStore] = CheckpointStore
+) -> tuple[int, int]:
+    """500 saves with a sound step at every instant; the last saved step, and how many failed."""
     rng, ops, saved, failed = random.Random(1), FillingOps(), 2, 0
-    store = open_store(two_saved, ops=ops, keep=2)
+    store = store_type(directory, max_checkpoints=2, fingerprint=FINGERPRINT, ops=ops)
     store.load_newest()
     for step in range(3, 503):
         ops.left = rng.randrange(2500)
@@ -252,13 +266,25 @@ def test_disk_full_at_every_moment_of_many_saves(two_saved: Path) -> None:
         except CheckpointError as error:
             failed += 1
             assert error.free_bytes is not None and error.needed_bytes
-        found = CheckpointStore.newest_for_inference(two_saved)
+        found = CheckpointStore.newest_for_inference(directory)
         assert found is not None and found.step == saved
         assert_is_example(found)
     store.close()
+    return saved, failed
+
+
+def test_disk_full_at_every_moment_of_many_saves(two_saved: Path) -> None:
+    """R22: a disk that fills after some bytes."""
+    saved, failed = save_while_the_disk_fills(two_saved)
     assert failed > 125 and saved > 400
     left = [path for path in two_saved.iterdir() if path.is_dir()]
     assert len(left) == 2, "unfinished saves leave nothing behind"
+
+
+def test_a_store_that_makes_room_first_is_noticed_on_a_full_disk(two_saved: Path) -> None:
+    """Negative control of R22."""
+    with pytest.raises(AssertionError):
+        save_while_the_disk_fills(two_saved, store_type=DeletesFirst)
 
 
 def test_mutating_calls_are_those_a_save_makes(two_saved: Path) -> None:

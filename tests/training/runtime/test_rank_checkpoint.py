@@ -101,3 +101,12 @@ def test_two_ranks_save_fail_and_resume_as_one(pair: Pair) -> None:
     assert [answer["quarantined"] for answer in answers] == [1, 0]
     assert pair.tell(("save", 5)) == [{"saved": 5}] * 2
     assert pair.tell(("load", None))[1]["step"] == 5
+
+
+def test_ranks_that_do_not_agree_are_noticed(pair: Pair) -> None:
+    """Negative control: each rank decides by itself what is resumed."""
+    for step in (1, 2):
+        pair.tell(("save", step))
+    pair.tell(("alone", True))
+    pair.tell(("visible", 1), ("visible", 10**9))
+    assert [answer["step"] for answer in pair.tell(("load", None))] == [1, 2]
