@@ -175,12 +175,15 @@ class Tormentor:
     def strike(self) -> str:
         """One fault; of 34 in a row ten end the process."""
         if not self.deck:
-            self.deck = [*self.faults, *self.mild, *self.mild, *self.mild]
-            self.draw.shuffle(self.deck)
+            self.shuffle()
         name = self.deck.pop()
         (self.faults | self.mild)[name]()
         self.done[name] += 1
         return name
+
+    def shuffle(self) -> None:
+        self.deck = [*self.faults, *self.mild, *self.mild, *self.mild]
+        self.draw.shuffle(self.deck)
 
     def order(self, name: str, text: str) -> None:
         """Tell the life's card or disk to fail, by a file that appears whole."""
