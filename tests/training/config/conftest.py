@@ -76,6 +76,10 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
         setattr(getattr(config, flag.section), flag.field, draw(values_of(flag)))
     if config.generate.hidden:
         config.generate.eval_file = ""  # the two exclude each other
+    if config.c3o.credit_enabled:
+        config.optim.optimizer = "c3o"
+    if config.c3o.credit_enabled or config.probe.held_out:
+        config.stream.data_backend = "embedded"
     return config.validate()
 
 

@@ -45,6 +45,8 @@ def test_every_flag_is_taken_from_the_command_line(flag):
     default = SigmaConfig()
     if flag.kind == "bool":
         argv = [flag.off_name if flag.default and flag.off_name else flag.name]
+        if flag.name == "--c3o-credit-enabled":
+            argv += ["--optimizer", "c3o"]
         expected = not flag.default
     elif flag.rule.choices:
         expected = next(item for item in flag.rule.choices if item != flag.default)
@@ -64,6 +66,7 @@ def test_every_flag_is_taken_from_the_command_line(flag):
             "--engram-layers": (0, 3),
             "--curriculum-phases": "0.5",
             "--commoncrawl-parallel-files": 8,
+            "--gn-damping-min": 5e-5,
         }
         fallback = f"{flag.default}x" if flag.kind == "str" else flag.default
         if flag.kind == "int":

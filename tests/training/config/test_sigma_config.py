@@ -23,11 +23,15 @@ with (Path(__file__).parent / "flags_table.tsv").open(encoding="utf-8") as table
 # (flag, column) -> (value here, why it is not FLAGS.md's)
 DEVIATIONS = {
     ("--optimizer", "type"): (
-        "{adamw,muon,normuon,adamuon,soap,lion,galore-lion,gnprox}",
-        "c3o does not exist yet; adamw, lion, galore-lion and soap are compared with it",
+        "{adamw,muon,normuon,adamuon,soap,lion,galore-lion,gnprox,c3o}",
+        "adamw, lion, galore-lion and soap are compared with it",
     ),
-    ("--optimizer", "default"): ("muon", "until c3o exists"),
-    ("--optimizer", "exe"): ("muon", "until c3o exists"),
+    ("--optimizer", "default"): ("muon", "until c3o is measured to be better"),
+    ("--optimizer", "exe"): ("muon", "until c3o is measured to be better"),
+    ("--c3o-base", "default"): ("muon", "FLAGS.md leaves it to measurement"),
+    ("--c3o-state-dtype", "type"): ("{auto,fp32,bf16}", "fp16 underflows second moments"),
+    ("--c3o-credit-enabled", "default"): ("off", "its ablation found no gain"),
+    ("--c3o-credit-enabled", "exe"): ("off", "its ablation found no gain"),
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
     ("--residual-layout", "default"): ("two-stream", "FLAGS.md leaves it to measurement"),
     ("--mode", "type"): (
@@ -55,7 +59,8 @@ ADDED = {
     "--prompt", "--quality-filter", "--self-check", "--source-list", "--source-max-epochs",
     "--spool-max-mb", "--temperature", "--top-k", "--weights",
     "--muon-iteration", "--soap-refresh", "--lion-beta1", "--lion-beta2", "--lion-state-dtype",
-    "--galore-rank", "--galore-refresh",
+    "--galore-rank", "--galore-refresh", "--c3o-credit-draws", "--c3o-credit-shuffled",
+    "--probe-held-out",
 }  # fmt: skip
 
 
@@ -97,9 +102,11 @@ def test_the_exe_profile_has_the_values_of_the_table():
 
 def test_the_exe_profile_names_the_flags_of_the_table_in_the_order_of_help():
     lines = [line.split()[0] for line in PROFILES[0].read_text().splitlines() if line[:2] == "--"]
-    named = {"--torch-compile" if name == "--no-torch-compile" else name for name in lines}
+    switched_off = {flag.off_name: flag.name for flag in FLAGS.values() if flag.off_name}
+    lines = [switched_off.get(name, name) for name in lines]
+    named = set(lines)
     assert named == {row["flag"] for row in ROWS if row["exe"] != "="} | {"--mode"}
-    sections = [FLAGS[name.replace("--no-torch", "--torch")].section for name in lines]
+    sections = [FLAGS[name].section for name in lines]
     order = list(dict.fromkeys(flag.section for flag in FLAGS.values()))
     assert sections == sorted(sections, key=order.index)
 
