@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             clock=options.clock,
             turn_steps=options.turn_steps,
             directory=Path(directory),
+            save=lambda found: write_result(found, options.output),
         )
     print(table(result))
-    if options.output:
-        text = json.dumps(result, indent=1)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n", encoding="utf-8", newline="\n")
     return 0
 
 
@@ -83,9 +80,30 @@ def ablate(
     clock: str,
     turn_steps: int,
     directory: Path,
+    save: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """All runs, their comparisons with the first arm and the placebo, and a verdict per arm."""
+    """All runs, their comparisons with the first arm and the placebo, and a verdict per arm.
+
+    `save` gets what is known after every seed from the second on, so that an interrupted ablation
+    leaves its finished part; `is_complete` tells.
+    """
     tokens: dict[int, dict[str, Outcome]] = {}
+    timed: dict[int, dict[str, Outcome]] = {}
+    allowed: dict[str, int] = {}
+
+    def result(*, is_complete: bool) -> dict[str, Any]:
+        return {
+            "flags": list(common),
+            "arms": {arm.name: list(arm.flags) for arm in arms},
+            "clock": clock,
+            "steps": steps,
+            "equal_time_steps": allowed,
+            "is_complete": is_complete,
+            "equal_tokens": _runs(tokens),
+            "equal_time": _runs(timed),
+            "comparisons": comparisons(tokens, timed, names=[arm.name for arm in arms]),
+        }
+
     for seed in seeds:
         tokens[seed] = run_side_by_side(
             common,
@@ -97,10 +115,14 @@ def ablate(
             turn_steps=turn_steps,
         )
         print(f"seed {seed}: " + _brief(tokens[seed]), flush=True)
+        if len(tokens) > 1:
+            save(result(is_complete=False))
     allowed = equal_time_steps(tokens, steps=steps)
     others = [arm for arm in arms if allowed[arm.name] != steps]
-    timed = {seed: dict(outcomes) for seed, outcomes in tokens.items()}
-    for seed in seeds if others else ():
+    for seed in seeds:
+        timed[seed] = dict(tokens[seed])
+        if not others:
+            continue
         timed[seed] |= run_side_by_side(
             common,
             others,
@@ -111,16 +133,17 @@ def ablate(
             turn_steps=turn_steps,
         )
         print(f"seed {seed}, equal time: " + _brief(timed[seed]), flush=True)
-    return {
-        "flags": list(common),
-        "arms": {arm.name: list(arm.flags) for arm in arms},
-        "clock": clock,
-        "steps": steps,
-        "equal_time_steps": allowed,
-        "equal_tokens": _runs(tokens),
-        "equal_time": _runs(timed),
-        "comparisons": comparisons(tokens, timed, names=[arm.name for arm in arms]),
-    }
+    found = result(is_complete=True)
+    save(found)
+    return found
+
+
+def write_result(result: dict[str, Any], path: Path | None) -> None:
+    """The result as JSON where a path is given, in place of an earlier one."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
 def equal_time_steps(tokens: dict[int, dict[str, Outcome]], *, steps: int) -> dict[str, int]:
@@ -149,6 +172,8 @@ def comparisons(
         parts: dict[str, Comparison] = {}
         for rival in rivals:
             for label, runs in (("equal tokens", tokens), ("equal time", timed)):
+                if len(runs) < 2:
+                    continue
                 parts[f"{label}, against {rival}"] = compare(
                     [outcomes[name].bpb for outcomes in runs.values()],
                     [outcomes[rival].bpb for outcomes in runs.values()],

@@ -55,6 +55,7 @@ def test_a_planted_harm_and_an_equal_arm_get_their_verdicts(tmp_path, capsys):
     assert main(flags) == 0
     result = json.loads(output.read_text(encoding="utf-8"))
     found = result["comparisons"]
+    assert result["is_complete"]
     assert found["worse"]["equal tokens, against off"]["verdict"] == "harms"
     assert found["worse"]["verdict"] == "harms"
     same = found["same"]["equal tokens, against off"]
@@ -76,6 +77,12 @@ def test_an_arm_must_beat_the_placebo_too():
         "equal tokens, against off", "equal time, against off", "verdict",
     }  # fmt: skip
     assert "helps" in table({"comparisons": found})
+
+
+def test_an_unfinished_result_compares_what_it_has():
+    seeds = {seed: outcomes(off=1.0 + seed, on=0.9 + seed + 0.001 * seed) for seed in range(2)}
+    found = comparisons(seeds, {0: seeds[0]}, names=["off", "on"])
+    assert set(found["on"]) == {"equal tokens, against off", "verdict"}
 
 
 def test_equal_time_gives_a_dear_arm_fewer_steps():
