@@ -15,6 +15,8 @@ from torch import Tensor
 
 from model.weight_cache import cached
 
+_TINY = 1e-30
+
 
 @functools.cache
 def multiplies_bytes() -> bool:
@@ -30,6 +32,19 @@ def code_dtype(values: Tensor) -> torch.dtype:
         return values.dtype
     on_cpu = values.device.type == "cpu" and values.dtype == torch.float32
     return torch.int8 if on_cpu and multiplies_bytes() else values.dtype
+
+
+def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes of x (..., D), in x's type, and the step (..., 1) with x ~ codes * step."""
+    peak = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min_(_TINY)
+    return (x * (127.0 / peak)).round_(), peak / 127.0
+
+
+def held_as(weight_codes: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The codes of `weight` in another type; bytes are kept as long as the codes are."""
+    if dtype != torch.int8:
+        return weight_codes.to(dtype)
+    return cached("bytes", (weight,), 0, lambda: weight_codes.to(dtype))
 
 
 def times_transposed(codes: Tensor, weight_codes: Tensor) -> Tensor:
@@ -48,6 +63,6 @@ def code_product(codes: Tensor, weight_codes: Tensor, weight: Tensor) -> Tensor:
     dtype = code_dtype(codes)
     if dtype != torch.int8 or weight_codes.dim() != 2:
         return torch.matmul(codes, weight_codes.mT)
-    held = cached("bytes", (weight,), 0, lambda: weight_codes.to(dtype))
+    held = held_as(weight_codes, weight, dtype)
     rows = codes.to(dtype).reshape(-1, codes.shape[-1])
     return times_transposed(rows, held).view(*codes.shape[:-1], held.shape[0])

@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.bitlinear import expand_scale, quantize_tokens, ternarize, ternary_weight
-from model.byte_product import code_dtype, times_transposed
+from model.byte_product import code_dtype, held_as, times_transposed, token_codes
 from model.norm_rope import rms_norm
 
-_TINY = 1e-30
 _CODE_UNIT = 1.0 / 128.0  # keeps sums of codes inside fp16's range; exact in every type
 _BLOCK_ROWS = 512
 
@@ -146,12 +145,6 @@ class _GroupedProducts:
         return scale[self.expert_of_row]
 
 
-def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of x (..., D), in x's type, and the step (..., 1) with x ~ codes * step."""
-    peak = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min_(_TINY)
-    return (x * (127.0 / peak)).round_(), peak / 127.0
-
-
 def _weight_codes(weight: Tensor, settings: SwigluSettings) -> tuple[Tensor, Tensor | None]:
     """Factor of the product (E, out, in) and the scale (E, out) left for its result."""
     if not settings.ternary:
@@ -220,7 +213,8 @@ class _Swiglu(torch.autograd.Function):
         whole = settings.ternary and scale_in is not None and scale_out is not None
         operand = code_dtype(x_codes) if whole and not grouped else dtype
         x_operand = x_codes.to(operand)
-        operand_in, operand_out = codes_in.to(operand), codes_out.to(operand)
+        operand_in = held_as(codes_in, weight_in, operand)
+        operand_out = held_as(codes_out, weight_out, operand)
 
         gate_up = x.new_empty(num_rows, weight_in.shape[-2])
         y_rows = x.new_empty(num_rows, weight_out.shape[-2])
