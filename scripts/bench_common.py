@@ -123,24 +123,31 @@ def run_bench(
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     started = time.perf_counter()
-    result = describe_run(description, options)
-    ceilings = [measure_ceilings(options)]
+    head = describe_run(description, options)
+    ceilings = measure_ceilings(options)
     rows: list[dict[str, Any]] = []
+
+    def record(*, complete: bool) -> None:
+        result = head | {
+            "complete": complete,
+            "ceilings": ceilings,
+            "load_after": load_average(),
+            "seconds": round(time.perf_counter() - started, 1),
+            "rows": [state_share(row, ceilings) for row in rows],
+        }
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     for case in cases(options):
         if options.only in f"{case.bench} {case.name}":
             rows += measure_case(case, options)
             for row in rows[-len(case.ways) :]:
                 print(json.dumps(row), flush=True)
-    ceilings.append(measure_ceilings(options))
-    result["ceilings"] = {name: max(one[name] for one in ceilings) for name in ceilings[0]}
-    for row in rows:
-        state_share(row, result["ceilings"])
-    result["load_after"] = load_average()
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    result["rows"] = rows
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            record(complete=False)  # a run that is stopped keeps what it has measured
+    later = measure_ceilings(options)
+    ceilings = {name: max(ceilings[name], later[name]) for name in ceilings}
+    record(complete=True)
     return int(any("failed" in row for row in rows))
 
 
@@ -255,18 +262,18 @@ def measure_ceilings(options: BenchOptions) -> dict[str, float]:
     }
 
 
-def state_share(row: dict[str, Any], ceilings: Mapping[str, float]) -> None:
-    """Replace counted work by the share of the measured ceiling, in per cent."""
-    flops, moved = row.pop("flops", 0.0), row.pop("bytes", 0.0)
+def state_share(row: Mapping[str, Any], ceilings: Mapping[str, float]) -> dict[str, Any]:
+    """The row with its counted work as a share of the measured ceiling, in per cent."""
+    stated = {name: value for name, value in row.items() if name not in ("flops", "bytes")}
+    flops, moved = row.get("flops", 0.0), row.get("bytes", 0.0)
     if flops:
-        row["gflop"] = significant(flops / 1e9)
-        row["sol_percent"] = significant(
-            100 * flops / row["seconds"] / 1e9 / ceilings["product_gflops"]
-        )
+        stated["gflop"] = significant(flops / 1e9)
+        rate, ceiling = flops / row["seconds"] / 1e9, ceilings["product_gflops"]
+        stated["sol_percent"] = significant(100 * rate / ceiling)
     elif moved:
-        row["sol_percent"] = significant(
-            100 * moved / row["seconds"] / 1e9 / ceilings["copy_gb_per_s"]
-        )
+        rate, ceiling = moved / row["seconds"] / 1e9, ceilings["copy_gb_per_s"]
+        stated["sol_percent"] = significant(100 * rate / ceiling)
+    return stated
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -65,7 +65,8 @@ def describe(name: str, content: dict[str, Any]) -> str:
         f"{machine['cpus']} CPUs), torch {content['versions']['torch']}, {content['threads']} "
         f"thread(s), {content['clock']}, medians of {content['rounds']} interleaved rounds, load "
         f"{loads or 'unknown'}. Ceilings of the same run: {ceilings['product_gflops']:g} GFLOP/s "
-        f"(matrix product), {ceilings['copy_gb_per_s']:g} GB/s (copy).\n"
+        f"(matrix product), {ceilings['copy_gb_per_s']:g} GB/s (copy)."
+        f"{'' if content.get('complete', True) else ' Stopped before its last case.'}\n"
     )
 
 
