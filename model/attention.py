@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.opaque import apply_opaque
 from model.sequence import SequenceContext
 
 QUERY_BLOCK = 64
@@ -103,11 +104,12 @@ def attend(
     v: (B, H, S, dv); blocked: (B, 1, T, S) bool that includes causality, or None = causal only.
     Returns (B, T, H, dv).
     """
-    if (lam is None) != (q.shape[1] == 1):
+    single = q.shape[1] == 1
+    if single if lam is not None else not single:
         raise ValueError("two query maps need lam, one map must not have it")
     exact = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
     if exact and k.shape[2] <= MAX_BLOCKED_KEYS:
-        return _BlockedAttention.apply(q, k, v, lam, blocked, scale)
+        return apply_opaque(_BlockedAttention, q, k, v, lam, blocked, scale)
     return _attend_with_sdpa(q, k, v, scale=scale, lam=lam, blocked=blocked)
 
 

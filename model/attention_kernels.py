@@ -21,6 +21,7 @@ from model.attention_kernel_src import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
+from model.opaque import apply_opaque
 from model.sigma_kernels import power_of_two
 from model.ternary_linear import device_capability
 
@@ -200,4 +201,4 @@ def attend_parts(
         has_documents=documents is not None,
         in_bf16=in_bf16,
     )
-    return _Attention.apply(q, q_rope, k, k_rope, v, lam, documents, scale, shape)
+    return apply_opaque(_Attention, q, q_rope, k, k_rope, v, lam, documents, scale, shape)

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from model.byte_product import code_product
 from model.norm_rope import RMSNorm
+from model.opaque import apply_opaque
 from model.weight_cache import cached
 
 EPS = 1e-12
@@ -89,7 +90,7 @@ class _RoundWeight(torch.autograd.Function):
 
 def ternary_weight(weight: Tensor, group_size: int = 0) -> Tensor:
     """The ternary weight `scale * codes` of weight (..., out, in), with identity gradient."""
-    return _RoundWeight.apply(weight, group_size)
+    return apply_opaque(_RoundWeight, weight, group_size)
 
 
 def _token_peak(x: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class _RoundTokens(torch.autograd.Function):
 
 def quantize_tokens(x: Tensor) -> Tensor:
     """x (..., in) rounded to int8 per token and dequantised, with identity gradient."""
-    return _RoundTokens.apply(x)
+    return apply_opaque(_RoundTokens, x)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -257,9 +258,9 @@ def bit_linear(
         ternary = cached("int8", (weight,), 0, lambda: ternarize_rows(weight))
         return ternary_linear(x, weight, ternary=ternary, dtype=dtype)
     if dtype in (torch.bfloat16, torch.float16):
-        return _CodeProduct.apply(x, weight, group_size, quantize_activations, dtype)
+        return apply_opaque(_CodeProduct, x, weight, group_size, quantize_activations, dtype)
     if quantize_activations and one_scale:
-        return _ExactProduct.apply(x, weight)
+        return apply_opaque(_ExactProduct, x, weight)
     if quantize_activations:
         x = quantize_tokens(x)
     return _product(x, ternary_weight(weight, group_size).to(x.dtype))

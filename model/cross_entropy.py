@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.opaque import apply_opaque
+
 IGNORED = -100
 _BLOCK_LOGITS = {"cpu": 2**20}
 _BLOCK_LOGITS_DEVICE = 2**26
@@ -93,4 +95,4 @@ def linear_cross_entropy(
             from model.fused_cross_entropy import fused_cross_entropy
 
             return fused_cross_entropy(hidden, weight, labels, dtype=dtype)
-        return _LinearCrossEntropy.apply(hidden, weight, labels, dtype)
+        return apply_opaque(_LinearCrossEntropy, hidden, weight, labels, dtype)

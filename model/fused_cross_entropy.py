@@ -25,6 +25,7 @@ from model.cross_entropy_kernels import (
 )
 from model.launch import Tiles, cdiv, device_capability, launcher, processor_count
 from model.launch_table import measured_tiles
+from model.opaque import apply_opaque
 
 IGNORED = -100
 MAX_GRADIENT_ENTRIES = 2**25  # 64 MiB in a 16-bit type
@@ -175,4 +176,4 @@ def fused_cross_entropy(
     hidden (N, D); weight (V, D); labels (N,) int64; products in `dtype`, everything after them in
     fp32. NaN if a counted label is no row of the weight: raising would have to wait for the device.
     """
-    return _FusedCrossEntropy.apply(hidden, weight, labels.contiguous(), dtype)
+    return apply_opaque(_FusedCrossEntropy, hidden, weight, labels.contiguous(), dtype)

@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from model.bitlinear import BitLinear, compute_dtype
 from model.config import SigmaModelConfig
 from model.norm_rope import rms_norm
+from model.opaque import apply_opaque
 from model.sequence import SequenceContext
 from model.ssd import MambaState, ScanInputs, ScanMasks, mamba_scan, mamba_step
 
@@ -170,7 +171,7 @@ class Mamba(nn.Module):
 
             mixed = gated_rank_norm(y, z, self.rank_out, self.rank_gate, eps=self.eps)
         else:
-            mixed = _GatedRankNorm.apply(y, z, self.rank_out, self.rank_gate, self.eps)
+            mixed = apply_opaque(_GatedRankNorm, y, z, self.rank_out, self.rank_gate, self.eps)
         out = self.out_proj(mixed.flatten(2).to(x.dtype)) * self.step_scale
         keep = state is not None or context.use_cache
         return out, new_state if keep else None

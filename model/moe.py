@@ -24,14 +24,9 @@ from torch import Tensor, nn
 
 from model.bitlinear import BitLinear
 from model.config import SigmaModelConfig
+from model.dispatch import DispatchPlan, count_experts
 from model.sequence import SequenceContext
-from model.swiglu import (
-    DispatchPlan,
-    SwigluSettings,
-    count_experts,
-    swiglu,
-    swiglu_definition,
-)
+from model.swiglu import SwigluSettings, swiglu, swiglu_definition
 
 BIAS_LIMIT = 2.0
 TEMPERATURE_RANGE = (0.8, 1.35)

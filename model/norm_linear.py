@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from model.launch import cdiv, launcher, power_of_two, processor_count
 from model.norm_kernels import norm_gradient_kernel, norm_quantize_kernel
+from model.opaque import apply_opaque
 from model.ternary_linear import (
     RowBlock,
     TernaryWeight,
@@ -127,5 +128,5 @@ def norm_ternary_linear(
     """
     ternary = cached("int8", (weight,), 0, lambda: ternarize_rows(weight))
     flat = x.reshape(-1, x.shape[-1])
-    y = _NormTernaryLinear.apply(flat, gain, weight, ternary, eps, dtype)
+    y = apply_opaque(_NormTernaryLinear, flat, gain, weight, ternary, eps, dtype)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.opaque import apply_opaque
 from model.sigma_kernel_src import load_tile
 
 ROWS = 32  # tokens of a program; what it adds to the gradients of gain and gate is summed after
@@ -149,4 +150,4 @@ def gated_rank_norm(
     y: Tensor, z: Tensor, gain: Tensor, gate: Tensor | None, *, eps: float
 ) -> Tensor:
     """y (B, T, H, R, P) fp32, z (B, T, H, P), gain and gate (H, R, P) -> (B, T, H, P) fp32."""
-    return _RankNorm.apply(y, z, gain, gate, eps)
+    return apply_opaque(_RankNorm, y, z, gain, gate, eps)

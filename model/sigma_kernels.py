@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.opaque import apply_opaque
 from model.sigma_kernel_backward import (
     control_gradients_kernel,
     input_gradient_kernel,
@@ -343,4 +344,6 @@ def scan_chunks(
     b, c = (value.to(operands).contiguous() for value in (b, c))
     rank_in = None if rank_in is None else rank_in.contiguous()
     start = None if start is None else start.contiguous()
-    return _Scan.apply(x, rank_in, b, c, log_decay, weight, gamma, skip, start, segments, shape)
+    return apply_opaque(
+        _Scan, x, rank_in, b, c, log_decay, weight, gamma, skip, start, segments, shape
+    )

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.opaque import apply_opaque
 from model.ssd_core import ChunkedScan
 
 _TINY = 1e-37
@@ -288,8 +289,18 @@ def mamba_scan(
         y, h = scan_chunks(*values, masks.segments, chunk_len=chunk_len, in_bf16=in_bf16)
     else:
         weight = weight.clamp_min(_TINY).log()
-        y, h = ChunkedScan.apply(
-            inputs.x, inputs.rank_in, b, c, log_decay, weight, gamma, inputs.skip, start, masks
+        y, h = apply_opaque(
+            ChunkedScan,
+            inputs.x,
+            inputs.rank_in,
+            b,
+            c,
+            log_decay,
+            weight,
+            gamma,
+            inputs.skip,
+            start,
+            masks,
         )
     prev_b, prev_x = b[:, -1], inputs.x[:, -1]
     if valid_mask is not None:

@@ -16,7 +16,6 @@ Sources: SwiGLU 2002.05202; BitLinear 2402.17764; sorting by expert as in MegaBl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.bitlinear import expand_scale, quantize_tokens, ternarize, ternary_weight
-from model.byte_product import code_dtype, held_as, times_transposed, token_codes
+from model.byte_product import code_dtype, held_as, token_codes
+from model.dispatch import DispatchPlan, expert_products, slot_of_row, take_rows
 from model.norm_rope import rms_norm
+from model.opaque import apply_opaque
 
 _CODE_UNIT = 1.0 / 128.0  # keeps sums of codes inside fp16's range; exact in every type
-_BLOCK_ROWS = 512
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -49,100 +49,6 @@ class SwigluSettings:
         """Whether the kernels compute products of these depths: one scale per row is theirs."""
         one_scale = not 0 < self.group_size < max(widths)
         return self.backend == "triton" and self.ternary and one_scale
-
-
-@dataclass(slots=True, kw_only=True)
-class DispatchPlan:
-    """Which rows each expert multiplies: token copies sorted by expert.
-
-    token_of_row: (N,) int64 token of each row, N = tokens * top_k.
-    row_of_slot: (tokens, top_k) int64, inverse of the sort.
-    expert_of_row: (N,) int64, ascending.
-    counts: (E,) int64 rows per expert.
-    grouped: True = one grouped matrix product for all experts and no host synchronisation;
-        False = one product per block of rows of an expert.
-    """
-
-    token_of_row: Tensor
-    row_of_slot: Tensor
-    expert_of_row: Tensor
-    counts: Tensor
-    grouped: bool = False
-
-    @classmethod
-    def create(cls, experts: Tensor, num_experts: int, *, grouped: bool = False) -> DispatchPlan:
-        """Plan for experts (tokens, top_k) int64."""
-        flat = experts.flatten()
-        expert_of_row, order = flat.sort(stable=True)
-        row_of_slot = torch.empty_like(order)
-        row_of_slot[order] = torch.arange(order.numel(), device=order.device)
-        return cls(
-            token_of_row=order // experts.shape[1],
-            row_of_slot=row_of_slot.view(experts.shape),
-            expert_of_row=expert_of_row,
-            counts=count_experts(flat, num_experts),
-            grouped=grouped,
-        )
-
-
-def count_experts(experts: Tensor, num_experts: int) -> Tensor:
-    """Occurrences (E,) int64 of each expert; unlike bincount it never synchronises a device."""
-    every = torch.arange(num_experts, device=experts.device).unsqueeze(1)
-    return (experts.reshape(1, -1) == every).sum(1)
-
-
-class _LoopProducts:
-    """One product per block of at most _BLOCK_ROWS rows of one expert."""
-
-    def __init__(self, plan: DispatchPlan | None, num_rows: int) -> None:
-        self.sizes = [num_rows] if plan is None else plan.counts.tolist()
-
-    def blocks(self) -> Iterator[tuple[slice, int]]:
-        start = 0
-        for expert, size in enumerate(self.sizes):
-            for offset in range(0, size, _BLOCK_ROWS):
-                stop = min(offset + _BLOCK_ROWS, size)
-                yield slice(start + offset, start + stop), expert
-            start += size
-
-    def times_transposed(self, rows: Tensor, weight: Tensor, expert: int) -> Tensor:
-        return times_transposed(rows, weight[expert])
-
-    def times(self, rows: Tensor, weight: Tensor, expert: int) -> Tensor:
-        return rows @ weight[expert]
-
-    def add_outer(self, total: Tensor, left: Tensor, right: Tensor, expert: int) -> None:
-        if left.dtype == total.dtype:
-            total[expert].addmm_(left.mT, right)
-        else:  # 16-bit products into an fp32 sum
-            total[expert].add_(left.mT @ right)
-
-    def row_scale(self, scale: Tensor, expert: int) -> Tensor:
-        return scale[expert]
-
-
-class _GroupedProducts:
-    """All experts in one grouped matrix product; the group ends stay on the device."""
-
-    def __init__(self, plan: DispatchPlan, num_rows: int) -> None:
-        self.num_rows = num_rows
-        self.ends = plan.counts.cumsum(0).to(torch.int32)
-        self.expert_of_row = plan.expert_of_row
-
-    def blocks(self) -> Iterator[tuple[slice, int]]:
-        yield slice(0, self.num_rows), 0
-
-    def times_transposed(self, rows: Tensor, weight: Tensor, expert: int) -> Tensor:
-        return F.grouped_mm(rows, weight.mT, offs=self.ends)
-
-    def times(self, rows: Tensor, weight: Tensor, expert: int) -> Tensor:
-        return F.grouped_mm(rows, weight, offs=self.ends)
-
-    def add_outer(self, total: Tensor, left: Tensor, right: Tensor, expert: int) -> None:
-        total.add_(F.grouped_mm(left.mT, right, offs=self.ends))
-
-    def row_scale(self, scale: Tensor, expert: int) -> Tensor:
-        return scale[self.expert_of_row]
 
 
 def _weight_codes(weight: Tensor, settings: SwigluSettings) -> tuple[Tensor, Tensor | None]:
@@ -208,7 +114,7 @@ class _Swiglu(torch.autograd.Function):
         codes_in, scale_in = _weight_codes(weight_in, settings)
         codes_out, scale_out = _weight_codes(weight_out, settings)
         num_rows = x.shape[0] if plan is None else plan.token_of_row.numel()
-        products = _products(plan, num_rows)
+        products = expert_products(plan, num_rows)
         grouped = plan is not None and plan.grouped
         whole = settings.ternary and scale_in is not None and scale_out is not None
         operand = code_dtype(x_codes) if whole and not grouped else dtype
@@ -220,8 +126,8 @@ class _Swiglu(torch.autograd.Function):
         y_rows = x.new_empty(num_rows, weight_out.shape[-2])
         for rows, expert in products.blocks():
             token = rows if plan is None else plan.token_of_row[rows]
-            product = products.times_transposed(_take(x_operand, token), operand_in, expert)
-            step = None if x_step is None else _take(x_step, token)
+            product = products.times_transposed(take_rows(x_operand, token), operand_in, expert)
+            step = None if x_step is None else take_rows(x_step, token)
             scale = None if scale_in is None else products.row_scale(scale_in, expert)
             block = gate_up[rows]
             _write_scaled(block, product, step, scale, unit)
@@ -255,13 +161,13 @@ class _Swiglu(torch.autograd.Function):
         grad_rows = grad_y.new_empty(num_rows, codes_in.shape[2])
         gate_rows = grad_gate = None
         if plan is not None and gates is not None:
-            gate_rows = gates.flatten()[_slot_of_row(plan)].unsqueeze(1)  # (N, 1)
+            gate_rows = gates.flatten()[slot_of_row(plan)].unsqueeze(1)  # (N, 1)
             grad_gate = grad_y.new_empty(num_rows)
 
-        products = _products(plan, num_rows)
+        products = expert_products(plan, num_rows)
         for rows, expert in products.blocks():
             token = rows if plan is None else plan.token_of_row[rows]
-            grad_block = _take(grad_y, token).to(dtype)
+            grad_block = take_rows(grad_y, token).to(dtype)
             hidden, rate = _activate(gate_up[rows], settings)
             rounded = hidden
             if settings.ternary:
@@ -274,9 +180,9 @@ class _Swiglu(torch.autograd.Function):
                 rounded = rounded * gate_rows[rows]
             products.add_outer(grad_out, grad_block, rounded.to(dtype), expert)
             grad_block = _activation_grad(grad_hidden, hidden, rate, gate_up[rows]).to(dtype)
-            rounded = _take(x_codes, token)
+            rounded = take_rows(x_codes, token)
             if x_step is not None:
-                rounded = (rounded * (_take(x_step, token) / unit)).to(dtype)
+                rounded = (rounded * (take_rows(x_step, token) / unit)).to(dtype)
             products.add_outer(grad_in, grad_block, rounded, expert)
             grad_rows[rows] = products.times(grad_block, weight_in, expert)
 
@@ -290,25 +196,8 @@ class _Swiglu(torch.autograd.Function):
         return grad_x, grad_in, grad_out, grad_gate, None, None, None
 
 
-def _products(plan: DispatchPlan | None, num_rows: int) -> _LoopProducts | _GroupedProducts:
-    if plan is not None and plan.grouped:
-        return _GroupedProducts(plan, num_rows)
-    return _LoopProducts(plan, num_rows)
-
-
-def _take(values: Tensor, rows: slice | Tensor) -> Tensor:
-    """Rows of values (N, ...): a view for a slice, a copy for an index (faster than values[i])."""
-    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
-
-
 def _dequantise(codes: Tensor, scale: Tensor | None) -> Tensor:
     return codes if scale is None else codes * scale.unsqueeze(-1)
-
-
-def _slot_of_row(plan: DispatchPlan) -> Tensor:
-    slots = torch.empty_like(plan.token_of_row)
-    slots[plan.row_of_slot.flatten()] = torch.arange(slots.numel(), device=slots.device)
-    return slots
 
 
 def _activation_grad(grad: Tensor, hidden: Tensor, rate: Tensor | None, gate_up: Tensor) -> Tensor:
@@ -371,7 +260,7 @@ def swiglu(
             )
     values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(device_type, enabled=False):
-        y = _Swiglu.apply(values, weight_in, weight_out, gates, plan, settings, dtype)
+        y = apply_opaque(_Swiglu, values, weight_in, weight_out, gates, plan, settings, dtype)
     return y.to(x.dtype)
 
 

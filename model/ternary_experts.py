@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.dispatch import DispatchPlan
 from model.expert_kernels import (
     activate_rows_kernel,
     activation_gradient_kernel,
@@ -30,7 +31,8 @@ from model.expert_kernels import (
     grouped_weight_gradient_kernel,
 )
 from model.launch import Tiles, cdiv, device_capability, launcher, power_of_two
-from model.swiglu import DispatchPlan, SwigluSettings
+from model.opaque import apply_opaque
+from model.swiglu import SwigluSettings
 from model.ternary_linear import (
     TernaryWeight,
     gradient_tiles,
@@ -338,4 +340,6 @@ def ternary_swiglu(
         for weight in (weight_in, weight_out)
     ]
     groups = None if plan is None else RowGroups.create(plan)
-    return _TernarySwiglu.apply(x, weight_in, weight_out, gates, *weights, groups, settings, dtype)
+    return apply_opaque(
+        _TernarySwiglu, x, weight_in, weight_out, gates, *weights, groups, settings, dtype
+    )

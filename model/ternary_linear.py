@@ -27,6 +27,7 @@ from model.launch import (
     processor_count,
 )
 from model.launch_table import measured_tiles
+from model.opaque import apply_opaque
 from model.triton_kernels import (
     int8_product_kernel,
     quantize_rows_kernel,
@@ -247,5 +248,5 @@ def ternary_linear(
     """
     codes = ternarize_rows(weight) if ternary is None else ternary
     flat = x.reshape(-1, x.shape[-1])
-    y = _TernaryLinear.apply(flat, weight, codes, dtype)
+    y = apply_opaque(_TernaryLinear, flat, weight, codes, dtype)
     return y.view(*x.shape[:-1], weight.shape[0])

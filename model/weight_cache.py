@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Value = TypeVar("Value")
@@ -79,8 +80,11 @@ def cached(
     """compute(), or what it gave before within the present `held()` block.
 
     Only what comes from parameters is remembered: anything else is a passing tensor that no later
-    call could ask for again. The value must not carry a gradient.
+    call could ask for again. The value must not carry a gradient. A graph that is being traced
+    remembers nothing: it would keep the value for ever.
     """
+    if torch.compiler.is_compiling():
+        return compute()
     cache = _ACTIVE.get()
     if cache is None or not all(isinstance(weight, nn.Parameter) for weight in weights):
         return compute()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from model.generation import generate
+from model.opaque import compile_model
 from model.sigma_llm import SigmaLLM
 from training.build_data import build_corpus, build_stream, build_tokenizer
 from training.build_guards import build_guards
@@ -219,7 +220,6 @@ def build_trainer(
     tokenizer = build_tokenizer(config)
     corpus, probe = build_probe(config, build_corpus(config, tokenizer), device)
     model = build_model(config, tokenizer, device)
-    autocast = build_autocast(config, device)
     output_dir = Path(config.run.output_dir)
     display = RunDisplay()
     recorder = build_recorder(config, display, device)
@@ -243,12 +243,12 @@ def build_trainer(
         scaler=torch.amp.GradScaler(
             device.type, enabled=autocast_dtype(config, device) is torch.float16
         ),
-        autocast=autocast,
+        autocast=build_autocast(config, device),
         evaluate=build_evaluator(config, corpus, device, say=display.message),
         sample=build_sampler(config, tokenizer, device, say=display.message),
         on_open=lambda: (write_resolved(config, output_dir), guards.open()),
         report=ReportRefresher(write_report, say=display.message),
-        forward_model=compile_model(config, model),
+        forward_model=build_forward(config, model),
         start_facts=start_facts(config, model),
         config_hash=config_hash(config),
         probe=probe,
@@ -292,16 +292,16 @@ def build_clock(config: SigmaConfig, display: RunDisplay, device: torch.device) 
     return PhaseClock(device, window=window)
 
 
-def compile_model(config: SigmaConfig, model: nn.Module) -> Callable[..., Any]:
+def build_forward(config: SigmaConfig, model: nn.Module) -> Callable[..., Any]:
+    """The model, or its compiled form."""
     precision = config.precision
     if not precision.torch_compile:
         return model
-    return torch.compile(
+    return compile_model(
         model,
         backend=precision.torch_compile_backend,
         mode=precision.torch_compile_mode,
         dynamic=precision.torch_compile_dynamic,
-        fullgraph=precision.torch_compile_fullgraph,
     )
 
 

@@ -6,7 +6,8 @@ import torch
 from model import byte_product
 from model.bitlinear import BitLinear, fused_linear
 from model.byte_product import code_dtype, code_product
-from model.swiglu import DispatchPlan, SwigluSettings, swiglu
+from model.dispatch import DispatchPlan
+from model.swiglu import SwigluSettings, swiglu
 from model.weight_cache import TernaryCache
 
 needs_bytes = pytest.mark.skipif(

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from model.config import SigmaModelConfig
+from model.dispatch import DispatchPlan
 from model.moe import DenseFeedForward, MoE, counter_uniform, swiglu_settings
 from model.sequence import SequenceContext
-from model.swiglu import DispatchPlan, SwigluSettings, swiglu, swiglu_definition
+from model.swiglu import SwigluSettings, swiglu, swiglu_definition
 
 
 def make_config(**changes) -> SigmaModelConfig:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from model import reference_ops
+from model.dispatch import DispatchPlan
 from model.moe import MoE
 from model.sequence import SequenceContext
-from model.swiglu import DispatchPlan, SwigluSettings, swiglu
+from model.swiglu import SwigluSettings, swiglu
 from tests.model.kernel_inputs import DEVICE, poisoned_empty, random
 from tests.model.test_weight_cache import small_model
 

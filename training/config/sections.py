@@ -230,7 +230,6 @@ class PrecisionConfig:
     torch_compile_backend: str = flag("inductor", "Compiler back end.")
     torch_compile_mode: str = flag("default", "Compiler mode.")
     torch_compile_dynamic: bool = flag(True, "Dynamic shapes.")
-    torch_compile_fullgraph: bool = flag(False, "Require a single graph.")
 
 
 @dataclass(slots=True, kw_only=True)

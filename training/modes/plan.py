@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.build import build_autocast, build_model, build_optimizer, compile_model
+from training.build import build_autocast, build_forward, build_model, build_optimizer
 from training.build_data import build_tokenizer
 from training.config.sigma_config import SigmaConfig
 from training.features.instant import instant_settings
@@ -160,7 +160,7 @@ class _Stepper:
         self.model = model
         self.optimizer = optimizer
         self.device = device
-        self._forward: Callable[..., Any] = compile_model(config, model)
+        self._forward: Callable[..., Any] = build_forward(config, model)
         self._autocast = build_autocast(config, device)
         self._clip = config.optim.grad_clip
         self._accumulation = config.data.grad_accum_steps
