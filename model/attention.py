@@ -104,8 +104,7 @@ def attend(
     v: (B, H, S, dv); blocked: (B, 1, T, S) bool that includes causality, or None = causal only.
     Returns (B, T, H, dv).
     """
-    single = q.shape[1] == 1
-    if single if lam is not None else not single:
+    if q.shape[1] != (1 if lam is None else 2):
         raise ValueError("two query maps need lam, one map must not have it")
     exact = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
     if exact and k.shape[2] <= MAX_BLOCKED_KEYS:
