@@ -172,7 +172,6 @@ class _Attention(torch.autograd.Function):
         )
 
 
-@torch.compiler.disable(reason="the launchers choose grids and constants in Python")
 def attend_parts(
     q: Tensor, q_rope: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, *, scale: float,
     lam: Tensor | None = None, documents: Tensor | None = None, in_bf16: bool = False,

@@ -312,7 +312,6 @@ def _shared_gradients(
     return results[0], results[1]
 
 
-@torch.compiler.disable(reason="the launchers choose grids and constants in Python")
 def scan_chunks(
     x: Tensor, rank_in: Tensor | None, b: Tensor, c: Tensor, log_decay: Tensor, weight: Tensor,
     gamma: Tensor, skip: Tensor, start: Tensor | None = None, segments: Tensor | None = None,
