@@ -19,8 +19,10 @@ from torch import Tensor
 from model.opaque import apply_opaque
 
 IGNORED = -100
-_BLOCK_LOGITS = {"cpu": 2**20}
+_BLOCK_LOGITS = {"cpu": 2**22}
 _BLOCK_LOGITS_DEVICE = 2**26
+# Every block passes over the weight's gradient once: fewer rows would pay for memory, not products.
+_FEWEST_ROWS = 256
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -40,8 +42,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         loss = row_weight.new_zeros(())
         size = _BLOCK_LOGITS.get(hidden.device.type, _BLOCK_LOGITS_DEVICE)
-        for start in range(0, hidden.shape[0], max(64, size // weight.shape[0])):
-            rows = slice(start, start + max(64, size // weight.shape[0]))
+        num_rows = max(_FEWEST_ROWS, size // weight.shape[0])
+        for start in range(0, hidden.shape[0], num_rows):
+            rows = slice(start, start + num_rows)
             block = hidden[rows].to(dtype)
             logits = (block @ operand.mT).to(wide)  # (n, V)
             target = targets[rows].unsqueeze(1)
