@@ -7,9 +7,9 @@
 Every optimizer first runs its grid of learning rates with the first seed; a best value at the edge
 of the grid extends it. What muon, soap and their like leave to AdamW moves at the rate found for
 adamw, which therefore comes first. The best rate is then run with every seed. All runs of a seed
-see the same weights and batches, the same schedule and length. The target is the mean final loss of
-`--target` (default adamw), so that reaching it later or never is the others' result; steps are
-interpolated between evaluations. Seconds are of the process (CPU time), since the machine may be
+see the same weights and batches, the same schedule and length. The target is what `--target`
+(default adamw) ends at with the same seed; another optimizer reaches it earlier, or never. Steps
+are interpolated between evaluations. Seconds are of the process (CPU time), since the machine may be
 shared. Finished runs stand in the output file and are not repeated: a stopped bench goes on.
 """
 
@@ -224,14 +224,15 @@ def interval(values: list[float]) -> dict[str, Any]:
 
 
 def summarize(bench: Bench, seeds: list[int]) -> dict[str, Any]:
-    """Per optimizer: final loss, steps and seconds to the target, and the ratio to muon's steps."""
+    """Per optimizer: final loss, steps and seconds to the targets, and the ratio to muon's steps."""
     runs, best = bench.result["runs"], bench.result["best_lr"]
     found = {arm: [runs[f"{arm} lr={best[arm]:g} seed={seed}"] for seed in seeds] for arm in best}
-    reference = [run["final_bpb"] for run in found[bench.options.target]]
-    target = statistics.fmean(value for value in reference if value is not None)
+    targets = [run["final_bpb"] for run in found[bench.options.target]]
+    if None in targets:
+        raise SystemExit(f"--target {bench.options.target}: a run of it ended without a loss")
     table: dict[str, Any] = {}
     for arm, arm_runs in found.items():
-        reached = [steps_to(run["curve"], target) for run in arm_runs]
+        reached = [steps_to(run["curve"], goal) for run, goal in zip(arm_runs, targets)]
         finals = [run["final_bpb"] for run in arm_runs if run["final_bpb"] is not None]
         per_step = [
             (run["train_cpu_s"] / run["curve"][-1][0], run["optimizer_cpu_s"] / run["curve"][-1][0])
@@ -252,7 +253,7 @@ def summarize(bench: Bench, seeds: list[int]) -> dict[str, Any]:
             "clip_and_update_cpu_ms": round(1e3 * statistics.median(o for _, o in per_step), 1),
         }
     _add_ratios(table)
-    return {"target_bpb": round(target, 5), "target_of": bench.options.target, "table": table}
+    return {"target_bpb": targets, "target_of": bench.options.target, "table": table}
 
 
 def _add_ratios(table: dict[str, Any]) -> None:

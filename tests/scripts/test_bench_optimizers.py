@@ -104,7 +104,8 @@ def test_the_table_names_target_steps_and_costs(finished):
     result = finished[0]
     rows = result["table"]
     finals = [result["runs"][f"adamw lr=0.01 seed={seed}"]["final_bpb"] for seed in (1, 2)]
-    assert result["target_bpb"] == pytest.approx(sum(finals) / 2, abs=1e-4)
+    assert result["target_bpb"] == finals
+    assert max(rows["adamw"]["steps_to_target"]) <= 4
     assert rows["muon"]["steps_over_muon"]["mean"] == 1.0
     assert set(result["update_cpu_ms"]) == {"torch fused adamw", "adamw", "muon"}
     assert all(row["step_cpu_ms"] > row["clip_and_update_cpu_ms"] for row in rows.values())
