@@ -9,8 +9,8 @@ of the grid extends it. What muon, soap and their like leave to AdamW moves at t
 adamw, which therefore comes first. The best rate is then run with every seed. All runs of a seed
 see the same weights and batches, the same schedule and length. The target is what `--target`
 (default adamw) ends at with the same seed; another optimizer reaches it earlier, or never. Steps
-are interpolated between evaluations. Seconds are of the process (CPU time), since the machine may be
-shared. Finished runs stand in the output file and are not repeated: a stopped bench goes on.
+are interpolated between evaluations. Seconds are of the process (CPU time), since the machine may
+be shared. Finished runs stand in the output file and are not repeated: a stopped bench goes on.
 """
 
 from __future__ import annotations
@@ -223,10 +223,10 @@ def interval(values: list[float]) -> dict[str, Any]:
     return {"mean": round(mean, 5), "half_width_95": round(width, 5)}
 
 
-def summarize(bench: Bench, seeds: list[int]) -> dict[str, Any]:
-    """Per optimizer: final loss, steps and seconds to the targets, and the ratio to muon's steps."""
+def summarize(bench: Bench, arms: list[str], seeds: list[int]) -> dict[str, Any]:
+    """Per optimizer: final loss, steps and seconds to the targets, ratio to muon's steps."""
     runs, best = bench.result["runs"], bench.result["best_lr"]
-    found = {arm: [runs[f"{arm} lr={best[arm]:g} seed={seed}"] for seed in seeds] for arm in best}
+    found = {arm: [runs[f"{arm} lr={best[arm]:g} seed={seed}"] for seed in seeds] for arm in arms}
     targets = [run["final_bpb"] for run in found[bench.options.target]]
     if None in targets:
         raise SystemExit(f"--target {bench.options.target}: a run of it ended without a loss")
@@ -334,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
         "seeds": seeds,
         "flags": [*PRESETS[options.preset].replace(str(PROJECT), ".").split(), *bench.more],
         "update_cpu_ms": time_updates(bench, arms, rounds=options.rounds),
-        **summarize(bench, seeds),
+        **summarize(bench, arms, seeds),
     }
     bench.save()
     print(json.dumps({"target_bpb": bench.result["target_bpb"], **bench.result["table"]}, indent=1))
