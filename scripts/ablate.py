@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,36 +57,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             parse_args([*common, *arm.flags])
         except ValueError as error:
             parser.error(f"arm {arm.name}: {error}")
+    about = {
+        "flags": common,
+        "arms": {arm.name: list(arm.flags) for arm in options.arm},
+        "clock": options.clock,
+    }
     with tempfile.TemporaryDirectory() as directory:
-        result = ablate(
+        run = partial(
+            run_side_by_side,
             common,
+            directory=Path(directory),
+            clock=CLOCKS[options.clock],
+            turn_steps=options.turn_steps,
+        )
+        result = ablate(
+            run,
             options.arm,
             seeds=options.seeds,
             steps=options.ablate_steps,
-            clock=options.clock,
-            turn_steps=options.turn_steps,
-            directory=Path(directory),
-            save=lambda found: write_result(found, options.output),
+            save=lambda found: write_result(about | found, options.output),
         )
     print(table(result))
     return 0
 
 
 def ablate(
-    common: Sequence[str],
+    run: Callable[..., dict[str, Outcome]],
     arms: Sequence[Arm],
     *,
     seeds: Sequence[int],
     steps: int,
-    clock: str,
-    turn_steps: int,
-    directory: Path,
-    save: Callable[[dict[str, Any]], object] = lambda result: None,
+    save: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
     """All runs, their comparisons with the first arm and the placebo, and a verdict per arm.
 
-    `save` gets what is known after every seed from the second on, so that an interrupted ablation
-    leaves its finished part; `is_complete` tells.
+    `run` is `run_side_by_side` with all but arms, seed and steps given. `save` gets what is known
+    after every seed from the second on, so that an interrupted ablation leaves its finished part;
+    `is_complete` tells.
     """
     tokens: dict[int, dict[str, Outcome]] = {}
     timed: dict[int, dict[str, Outcome]] = {}
@@ -93,9 +101,6 @@ def ablate(
 
     def result(*, is_complete: bool) -> dict[str, Any]:
         return {
-            "flags": list(common),
-            "arms": {arm.name: list(arm.flags) for arm in arms},
-            "clock": clock,
             "steps": steps,
             "equal_time_steps": allowed,
             "is_complete": is_complete,
@@ -105,15 +110,7 @@ def ablate(
         }
 
     for seed in seeds:
-        tokens[seed] = run_side_by_side(
-            common,
-            arms,
-            seed=seed,
-            steps={arm.name: steps for arm in arms},
-            directory=directory,
-            clock=CLOCKS[clock],
-            turn_steps=turn_steps,
-        )
+        tokens[seed] = run(arms, seed=seed, steps={arm.name: steps for arm in arms})
         print(f"seed {seed}: " + _brief(tokens[seed]), flush=True)
         if len(tokens) > 1:
             save(result(is_complete=False))
@@ -123,15 +120,7 @@ def ablate(
         timed[seed] = dict(tokens[seed])
         if not others:
             continue
-        timed[seed] |= run_side_by_side(
-            common,
-            others,
-            seed=seed,
-            steps=allowed,
-            directory=directory,
-            clock=CLOCKS[clock],
-            turn_steps=turn_steps,
-        )
+        timed[seed] |= run(others, seed=seed, steps=allowed)
         print(f"seed {seed}, equal time: " + _brief(timed[seed]), flush=True)
     found = result(is_complete=True)
     save(found)
