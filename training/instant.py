@@ -11,6 +11,7 @@ modules of activation/; the mechanism's name and its test of usefulness are MECH
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -163,8 +164,10 @@ class InstantMemory:
                 continue
             decoded = True
             residual = float(segment.mismatch)
+            if not math.isfinite(residual):  # the step itself was not finite
+                continue
             report.residual = max(report.residual, residual)
-            if not residual <= RUN_LIMIT:
+            if residual > RUN_LIMIT:
                 self._give_up(layers, residual)
         report.acted = decoded and report.bytes_saved > 0
         return report

@@ -250,6 +250,16 @@ def test_a_segment_whose_inverse_is_off_is_compressed_from_then_on(monkeypatch):
     assert memory.finish_step().passes == 0
 
 
+def test_a_step_that_is_not_finite_changes_no_plan():
+    model = patched(make_model(), mode="auto")
+    with torch.no_grad():
+        model.embed.weight[3] = float("nan")
+    gradient(model)
+    memory = instant_memory(model)
+    assert memory.finish_step().residual == 0.0
+    assert memory.plans == ["reverse", "reverse", "compress"] * 2
+
+
 def test_a_step_that_begins_again_draws_and_learns_the_same():
     model = patched(make_model(), mode="compress")
     memory = instant_memory(model)

@@ -20,7 +20,7 @@ TINY = (
     "--mode plan --no-require-cuda --device cpu --no-torch-compile --tokenizer-name assets-4k "
     "--d-model 64 --n-heads 2 --n-layers 2 --mamba-ratio 1 --d-ff 96 --rope-dim 8 "
     "--kv-latent-dim 16 --mamba-d-state 8 --mamba-head-dim 32 --mimo-rank 1 --seq-len 32 "
-    "--mamba-chunk-len 16 --batch-size 2 --grad-accum-steps 3 --steps 1000"
+    "--mamba-chunk-len 16 --batch-size 2 --grad-accum-steps 3 --steps 1000 --instant-mode off"
 ).split()
 
 
@@ -74,6 +74,14 @@ def test_activations_grow_with_the_batch_and_the_rest_does_not(measured):
     for other in plans:
         assert other.weight_bytes == small.weight_bytes
         assert other.optimizer_bytes == small.optimizer_bytes
+
+
+@pytest.mark.parametrize("mode", ["reversible", "compress"])
+def test_activations_are_those_that_instant_keeps(mode):
+    wide = ["--batch-size", "8", "--seq-len", "128"]
+    kept = plan.measure(parse_args([*TINY, *wide, "--instant-mode", mode]), CPU).activation_bytes
+    all_of_them = plan.measure(parse_args([*TINY, *wide]), CPU).activation_bytes
+    assert 0 < kept < 0.6 * all_of_them
 
 
 def test_saved_tensors_are_counted_once_and_without_parameters():
