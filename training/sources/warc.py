@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from training.sources.base import SourceError
 from training.sources.net import FileVersion, HttpClient
@@ -221,7 +221,7 @@ class _TextReader:
             raise BadRecord("bad_record") from error
         return text.strip(), languages
 
-    def _first_record(self, content: bytes, *, decode: str) -> Any:
+    def _first_record(self, content: bytes, *, decode: Literal["none", "all"]) -> Any:
         stream = io.BytesIO(content)
         records = self._open(stream, parse_http=not self._is_wet, auto_decode=decode)
         record = next(iter(records), None)
