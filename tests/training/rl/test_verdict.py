@@ -67,6 +67,8 @@ def test_values_that_are_equal_have_equal_text(left, right):
         ({1}, {True}),
         ({1}, frozenset({1})),
         ({(1, 2)}, {(1, 2.0)}),
+        ({1j}, {2j}),
+        ({frozenset({1})}, {frozenset({2})}),
         ("1", 1),
         (b"a", "a"),
         ([], None),
@@ -135,6 +137,8 @@ def test_only_the_right_values_in_time_and_nothing_else_pass():
     exam = draw_exam(TASK, "x", rng=random.Random(0))
     lines = right_lines(exam)
     assert decide(TASK, exam, reply_of(lines)).passed
+    assert decide(TASK, exam, reply_of(lines)).num_right == len(lines)
+    assert decide(TASK, exam, reply_of([*lines[1:], lines[-1]])).num_right == 1
     wrong = [
         (reply_of(lines, outcome=TIMEOUT), "timeout"),
         (reply_of(lines, outcome=OVERSIZE), "oversize"),
@@ -188,6 +192,22 @@ def test_a_reply_of_colliding_hashes_is_not_even_parsed():
     exam = draw_exam(TASK, "x", rng=random.Random(0))
     line = f'{{"value": {{"s": [{body}]}}}}'.encode()
     assert decide(TASK, exam, reply_of([line] * 4)).reason == "wrong"
+
+
+def test_two_cases_are_enough_to_tell_a_constant_and_one_is_never_told():
+    one, two = (
+        CodeTask(function="f", reference=lambda x: 7, draw=TASK.draw, num_cases=count)
+        for count in (1, 2)
+    )
+    assert draw_exam(one, "x", rng=random.Random(0)).expected == (7,)
+    with pytest.raises(ValueError, match="constant"):
+        draw_exam(two, "x", rng=random.Random(0))
+
+
+@pytest.mark.parametrize("line", [b"[1]", b'{"value": {"i": "0x1"}, "error": "x"}', b"{}"])
+def test_a_line_holds_one_thing(line):
+    exam = draw_exam(TASK, "x", rng=random.Random(0))
+    assert decide(TASK, exam, reply_of([line] * 4)).reason == "malformed"
 
 
 def test_a_task_that_a_constant_solves_is_a_mistake():
