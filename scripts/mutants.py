@@ -150,7 +150,7 @@ def is_nothing(value: ast.expr) -> bool:
     return isinstance(value, ast.Constant) and value.value is None
 
 
-class MutantFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class MutantFinder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
     """Imports one module from its mutated tree."""
 
     def __init__(self, mutant: Mutant) -> None:
@@ -159,11 +159,15 @@ class MutantFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> Any:
         if name != self.mutant.module:
             return None
-        return importlib.util.spec_from_loader(name, self, origin=str(source_of(name)))
+        return importlib.util.spec_from_loader(name, self)
 
-    def exec_module(self, module: Any) -> None:
-        module.__file__ = str(source_of(self.mutant.module))
-        exec(compile(self.mutant.tree, module.__file__, "exec"), module.__dict__)
+    def get_filename(self, fullname: str) -> str:
+        return str(source_of(fullname))
+
+    def get_data(self, path: Any) -> bytes:
+        if Path(path) != source_of(self.mutant.module):
+            raise FileNotFoundError(path)  # its bytecode, which is of the unbroken module
+        return ast.unparse(self.mutant.tree).encode()
 
 
 def source_of(module: str) -> Path:

@@ -279,13 +279,12 @@ def torment(
     interval = 60.0 * minutes / faults
     (twin.home / "limit").write_text("0", encoding="ascii")
     try:
-        while sum(tormentor.done.values()) < faults:
-            follow(life, twin)
-            due = interval * (sum(tormentor.done.values()) + 0.5)
-            if time.monotonic() - start >= due and life.is_training():
-                tormentor.strike()
         while time.monotonic() - start < 60.0 * minutes:
             follow(life, twin)
+            struck = sum(tormentor.done.values())
+            due = struck < faults and time.monotonic() - start >= interval * (struck + 0.5)
+            if due and life.is_training():
+                tormentor.strike()
         for one in (life, twin):
             (one.home / "last").write_text(str(life.newest()[1] + LAST_STEPS), encoding="ascii")
         deadline = time.monotonic() + END_WITHIN_S

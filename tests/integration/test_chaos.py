@@ -36,4 +36,4 @@ def test_a_life_that_forgets_is_noticed(ram_path, monkeypatch):
     seed = seed_that_begins_with("kill", ram_path)
     facts, failures = torment(ram_path, faults=1, minutes=1.0, pace_s=0.1, seed=seed)
     assert facts["processes"] == 2
-    assert any(found.startswith("model/") for found in failures)
+    assert any("/" in found for found in failures), failures  # a tensor
