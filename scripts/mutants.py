@@ -105,7 +105,7 @@ def describe_changes(node: ast.AST) -> list[str]:
         case ast.Constant(value=bool()):
             return [f"{node.value} -> {not node.value}"]
         case ast.Constant(value=int()):
-            return [f"{node.value} -> {node.value + 1}"]
+            return [f"{node.value!r} plus 1"]
         case ast.Expr(value=ast.Call()):
             return [f"left out: {ast.unparse(node)}"]
         case ast.Raise(exc=ast.expr()) | ast.Continue() | ast.Break():
@@ -130,13 +130,16 @@ def change(node: Any, choice: int) -> None:
             node.op, node.operand = ast.Not(), ast.UnaryOp(op=ast.Not(), operand=node.operand)
         case ast.Constant(value=bool()):
             node.value = not node.value
-        case ast.Constant():
-            node.value += 1
+        case ast.Constant(value=int(value)):
+            node.value = value + 1
         case ast.Return():
             node.value = ast.Constant(value=None)
         case ast.Expr() | ast.Raise() | ast.Continue() | ast.Break():
-            node.__class__ = ast.Pass
-            node._fields = ()
+            leave_out(node)
+
+
+def leave_out(statement: Any) -> None:
+    statement.__class__, statement._fields = ast.Pass, ()
 
 
 def is_text(node: ast.BinOp) -> bool:
