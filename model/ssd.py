@@ -200,7 +200,7 @@ def turn_pairs(x: Tensor, angle: Tensor) -> Tensor:
     """
     for _ in range(x.dim() - angle.dim()):
         angle = angle.unsqueeze(-2)
-    return _TurnPairs.apply(x, angle)
+    return apply_opaque(_TurnPairs, x, angle)
 
 
 def running_angles(theta: Tensor, segments: Tensor | None, start: Tensor | None) -> Tensor:
