@@ -189,7 +189,7 @@ def allocated(run: Callable[[], object], *, device: torch.device) -> tuple[int, 
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
     for event in results.events() if results is not None else ():
         if event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
             peak = max(peak, now)
     return now, peak
 
