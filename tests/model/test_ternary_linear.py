@@ -176,3 +176,15 @@ def test_whole_model_trains_as_with_torch():
         not torch.equal(found.grad, wanted.grad)
         for found, wanted in zip(fast.parameters(), plain.parameters())
     )
+
+
+@pytest.mark.gpu
+def test_on_a_device_in_bf16():
+    x, weight = random(2048, 768, seed=20), random(1024, 768, seed=21)
+    grad = random(2048, 1024, seed=22)
+    leaves = x.bfloat16().requires_grad_(), weight.clone().requires_grad_()
+    y = ternary_linear(*leaves, dtype=torch.bfloat16)
+    y.backward(grad.bfloat16())
+    expected = (bit_linear(x, weight), *reference_ops.ternary_linear_backward(grad, x, weight))
+    for found, wanted in zip((y.detach(), leaves[0].grad, leaves[1].grad), expected):
+        assert (found - wanted).norm() < 0.03 * wanted.norm()
