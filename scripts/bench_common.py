@@ -220,7 +220,7 @@ def time_in_turns(runs: Mapping[str, Run], options: BenchOptions) -> dict[str, l
     """Seconds of every way in every round; every other round in reverse order."""
     seconds: dict[str, list[float]] = {way: [] for way in runs}
     for number in range(options.rounds):
-        order = list(runs) if number % 2 == 0 else list(reversed(runs))
+        order = list(runs) if number % 2 == 0 else list(runs)[::-1]
         for way in order:
             start = options.now()
             runs[way]()

@@ -93,6 +93,8 @@ class MixtureOfExperts(nn.Module):
         self.shared = None
         if config.n_shared_experts:
             self.shared = FeedForward(config, config.n_shared_experts * config.d_expert)
+        self.balance_bias: Tensor
+        self.load: Tensor
         self.register_buffer("balance_bias", torch.zeros(config.n_routed_experts))
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("router_step", torch.zeros((), dtype=torch.int64))

@@ -39,8 +39,8 @@ class OperatorProfile:
         activities = [ProfilerActivity.CPU]
         if self.on_device:
             activities.append(ProfilerActivity.CUDA)
-        self._running = profile(activities=activities)
-        self._running.start()
+        session = self._running = profile(activities=activities)
+        session.start()
 
     def stop(self, *, keep: bool) -> None:
         """End the session, if one runs, and add its operators unless they are to be forgotten."""
