@@ -50,7 +50,7 @@ def held_as(weight_codes: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def times_transposed(codes: Tensor, weight_codes: Tensor) -> Tensor:
     """codes (n, in) times weight_codes (out, in) transposed: int32 for int8 operands."""
     if codes.dtype == torch.int8:
-        return torch._int_mm(codes, weight_codes.mT)
+        return torch.ops.aten._int_mm(codes, weight_codes.mT)
     return codes @ weight_codes.mT
 
 

@@ -98,9 +98,8 @@ def figure(values: dict[str, float]) -> str:
 
 def short(value: float) -> str:
     """Three digits, with thousands, or millions as M."""
-    if value >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    return f"{float(f'{value:.3g}'):,.10g}"
+    unit = "M" if value >= 1e6 else ""
+    return f"{float(f'{value / 1e6 if unit else value:.3g}'):,.10g}{unit}"
 
 
 if __name__ == "__main__":

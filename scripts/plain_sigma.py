@@ -273,6 +273,10 @@ class Engram(nn.Module):
     def __init__(self, config: SigmaModelConfig, state: dict[str, Tensor]) -> None:
         super().__init__()
         self.config = config
+        self.canonical_ids: Tensor
+        self.multipliers: Tensor
+        self.table_sizes: Tensor
+        self.table_starts: Tensor
         for name in ("canonical_ids", "multipliers", "table_sizes", "table_starts"):
             self.register_buffer(name, state[name].clone())
         self.table = nn.Parameter(torch.zeros_like(state["table"]))
@@ -314,10 +318,9 @@ class Engram(nn.Module):
         scale = (F.softplus(self.gate_scale) + 0.1).clamp(0.1, 4.0)
         value = torch.sigmoid(scale * root) * value
         normed, dilation = self.conv_norm(value), max(self.config.engram_orders)
-        smoothed = sum(
-            self.shifted(normed, tap * dilation, documents, 0) * weight
-            for tap, weight in enumerate(self.conv_weight)
-        )
+        smoothed = torch.zeros_like(normed)
+        for tap, weight in enumerate(self.conv_weight):
+            smoothed = smoothed + self.shifted(normed, tap * dilation, documents, 0) * weight
         return value + F.silu(smoothed)
 
 

@@ -59,7 +59,8 @@ def test_only_the_part_between_the_marks_changes():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.1234, "0.123"), (1.0, "1"), (88123.0, "88,100"), (2.5e8, "250M")]
+    ("value", "text"),
+    [(0.1234, "0.123"), (1.0, "1"), (88123.0, "88,100"), (2.5e8, "250M"), (1.329e9, "1,330M")],
 )
 def test_numbers_are_short(value, text):
     assert short(value) == text
