@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.opaque import apply_opaque
 from model.sequence import SequenceContext
 
 
@@ -66,7 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
     Statistics are taken in fp32 whatever the dtype of x; the result has x's dtype.
     """
     if x.device.type == "cpu":
-        return _RmsNorm.apply(x, weight, eps)
+        return apply_opaque(_RmsNorm, x, weight, eps)
     # Devices with a fused kernel: fp32 in and out keeps a fp32 gain exact.
     return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
 
@@ -145,4 +146,4 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     for _ in range(x.dim() - cos.dim()):
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return _Rope.apply(x, cos.to(dtype), sin.to(dtype))
+    return apply_opaque(_Rope, x, cos.to(dtype), sin.to(dtype))
