@@ -281,32 +281,29 @@ def mamba_scan(
         if state is not None:
             start = state.h + first[..., None, None] * _outer(inputs, state.prev_b, state.prev_x)
     if backend == "triton":
-        from model.sigma_kernels import scan_chunks
-
         if valid_mask is not None:
             weight = weight.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
         values = (inputs.x, inputs.rank_in, b, c, log_decay, weight, gamma, inputs.skip, start)
-        y, h = scan_chunks(*values, masks.segments, chunk_len=chunk_len, in_bf16=in_bf16)
+        y, h = _scan_by_kernels(values, masks, chunk_len=chunk_len, in_bf16=in_bf16)
     else:
-        weight = weight.clamp_min(_TINY).log()
+        log_weight = weight.clamp_min(_TINY).log()
         y, h = apply_opaque(
-            ChunkedScan,
-            inputs.x,
-            inputs.rank_in,
-            b,
-            c,
-            log_decay,
-            weight,
-            gamma,
-            inputs.skip,
-            start,
-            masks,
+            *(ChunkedScan, inputs.x, inputs.rank_in, b, c, log_decay),
+            *(log_weight, gamma, inputs.skip, start, masks),
         )
     prev_b, prev_x = b[:, -1], inputs.x[:, -1]
     if valid_mask is not None:
         prev_b, prev_x = _last_valid(inputs, b, valid_mask, masks.segments, state)
     last_angle = inputs.x.new_zeros(len(h), 0) if angle is None else angle[:, -1]
     return y, MambaState(h=h, prev_b=prev_b, prev_x=prev_x, angle=last_angle)
+
+
+def _scan_by_kernels(
+    values: tuple[Any, ...], masks: ScanMasks, *, chunk_len: int, in_bf16: bool
+) -> tuple[Tensor, Tensor]:
+    from model.sigma_kernels import scan_chunks
+
+    return scan_chunks(*values, masks.segments, chunk_len=chunk_len, in_bf16=in_bf16)
 
 
 def _outer(inputs: ScanInputs, b: Tensor, x: Tensor) -> Tensor:

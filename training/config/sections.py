@@ -226,7 +226,7 @@ class PrecisionConfig:
         "Products, scan, attention, loss: torch, or triton (int8 products, 8-bit input gradients).",
         choices=("torch", "triton"),
     )
-    torch_compile: bool = flag(True, "Compile the model.")
+    torch_compile: bool = flag(False, "Compile the model; hand-written gradients stay as they are.")
     torch_compile_backend: str = flag("inductor", "Compiler back end.")
     torch_compile_mode: str = flag("default", "Compiler mode.")
     torch_compile_dynamic: bool = flag(True, "Dynamic shapes.")

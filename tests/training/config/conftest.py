@@ -80,6 +80,10 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
         config.optim.optimizer = "c3o"
     if config.c3o.credit_enabled or config.probe.held_out:
         config.stream.data_backend = "embedded"
+    if config.instant.mode in ("reversible", "compress"):
+        config.precision.torch_compile = False
+    if config.instant.mode == "reversible":
+        config.model.residual_layout, config.instant.byte_budget_mb = "two-stream", 0
     return config.validate()
 
 

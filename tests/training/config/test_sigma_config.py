@@ -32,6 +32,7 @@ DEVIATIONS = {
     ("--c3o-state-dtype", "type"): ("{auto,fp32,bf16}", "fp16 underflows second moments"),
     ("--c3o-credit-enabled", "default"): ("off", "its ablation found no gain"),
     ("--c3o-credit-enabled", "exe"): ("off", "its ablation found no gain"),
+    ("--torch-compile", "default"): ("off", "compiling takes minutes and no gain is measured"),
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
     ("--residual-layout", "default"): ("two-stream", "FLAGS.md leaves it to measurement"),
     ("--mode", "type"): (
