@@ -135,7 +135,7 @@ def _cross_entropy_builds(architecture: int, kind: str) -> list[Build]:
                     *(stride, "b_stride", "out_stride"),
                 ),
                 constants={**product, unit: 1, "ADD": add},
-                **launch,
+                **{**launch, "use": f"{kind} ADD" if add else kind},
             )
         )
     return result

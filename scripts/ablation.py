@@ -83,7 +83,9 @@ class _Lane:
         result = self.trainer.services.evaluate(self.trainer.model)
         self.trainer.features.close()
         self.trainer.stream.close()
-        return Outcome(bpb=result.bpb, steps=self.steps, seconds=self.seconds)
+        if result["eval_bpb"] is None:
+            raise RuntimeError("there was no memory for the evaluation; lower --eval-tokens")
+        return Outcome(bpb=result["eval_bpb"], steps=self.steps, seconds=self.seconds)
 
 
 def run_side_by_side(

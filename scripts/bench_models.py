@@ -20,6 +20,7 @@ from scripts.plain_sigma import PlainSigma
 from training.build import build_trainer
 from training.config.cli import parse_args
 from training.config.sigma_config import SigmaConfig
+from training.instant import apply_instant
 from training.optimizer import projection_names
 from training.sigma_trainer import SigmaTrainer
 from training.stream.batch import Batch
@@ -64,7 +65,9 @@ def sigma_trainer(config: SigmaConfig) -> SigmaTrainer:
 def token_model(device: torch.device, *flags: str, **changes: object) -> SigmaLLM:
     """A SigmaLLM of the quickstart's design without its trainer."""
     config = quickstart_config(device, *flags).model_config(4096)
-    return SigmaLLM(replace(config, **changes), seed=0).to(device)  # type: ignore[arg-type]
+    model = SigmaLLM(replace(config, **changes), seed=0).to(device)  # type: ignore[arg-type]
+    apply_instant(model)
+    return model
 
 
 def random_batch(

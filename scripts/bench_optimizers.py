@@ -38,6 +38,7 @@ from training.build_data import build_corpus, build_tokenizer
 from training.config.cli import parse_args
 from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, TokenStream
+from training.instant import apply_instant
 from training.optimizer import OptimizerSet, build_optimizer
 from training.runtime.environment import keep_freed_memory
 from training.schedule import learning_rate_factor, weight_decay_factor
@@ -86,6 +87,7 @@ class Trial:
     def __init__(self, config: SigmaConfig, corpus: TokenCorpus, vocab_size: int) -> None:
         self.config = config
         self.model = SigmaLLM(config.model_config(vocab_size), seed=config.run.seed)
+        apply_instant(self.model)
         self.optimizer = build_optimizer(self.model, config.optim, seed=config.run.seed)
         self.stream = TokenStream(
             corpus,
@@ -93,7 +95,7 @@ class Trial:
             batch_size=config.data.batch_size,
             seq_len=config.data.seq_len,
         )
-        self.evaluate = build_evaluator(config, corpus, torch.device("cpu"))
+        self.evaluate = build_evaluator(config, corpus, torch.device("cpu"), say=print)
         self.seconds = {"train": 0.0, "optimizer": 0.0}
 
     def run(self) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Trial:
             if not math.isfinite(loss):
                 break
             if step % interval == 0 or step == steps:
-                curve.append((step, round(self.evaluate(self.model).bpb, 5)))
+                curve.append((step, round(self.evaluate(self.model)["eval_bpb"], 5)))
         whole = bool(curve) and curve[-1][0] == steps and math.isfinite(curve[-1][1])
         return {
             "final_bpb": curve[-1][1] if whole else None,
