@@ -4,6 +4,7 @@ import torch
 
 from model.config import SigmaModelConfig
 from model.sigma_llm import SigmaLLM
+from tests.trainable import patched
 from training.config.c3o_sections import C3OConfig
 from training.config.sections import OptimConfig
 from training.optimizer import build_optimizer
@@ -13,14 +14,12 @@ VOCAB, LENGTH = 64, 32
 
 
 def small_model(*, quant_mode="bitnet_1_58", seed=0):
-    return SigmaLLM(
-        SigmaModelConfig(
-            vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=2, mamba_ratio=1, attention_ratio=1,
-            kv_latent_dim=16, rope_dim=8, mamba_head_dim=16, mamba_d_state=8, mimo_rank=2,
-            d_ff=48, n_routed_experts=4, quant_mode=quant_mode,
-        ),
-        seed=seed,
+    config = SigmaModelConfig(
+        vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=2, mamba_ratio=1, attention_ratio=1,
+        kv_latent_dim=16, rope_dim=8, mamba_head_dim=16, mamba_d_state=8, mimo_rank=2,
+        d_ff=48, n_routed_experts=4, quant_mode=quant_mode,
     )  # fmt: skip
+    return patched(SigmaLLM(config, seed=seed))
 
 
 def chain_batch(generator, *, rows):

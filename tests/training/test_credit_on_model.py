@@ -15,7 +15,7 @@ from training.credit import UpdateTrial, leave_one_block_out, masked_credit
 from training.probe import Probe
 
 WARM_UP = 40
-PROBES = 3
+PROBES = 12
 
 
 def spearman(left, right):
