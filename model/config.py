@@ -198,9 +198,11 @@ class SigmaModelConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown model settings: {', '.join(unknown)}")
-        return cls(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        ).validate()
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**given).validate()
 
 
 def _require(condition: bool, field: str, message: str) -> None:

@@ -303,7 +303,7 @@ def _scan_by_kernels(
 ) -> tuple[Tensor, Tensor]:
     from model.sigma_kernels import scan_chunks
 
-    return scan_chunks(*values, masks.segments, chunk_len=chunk_len, in_bf16=in_bf16)
+    return scan_chunks(*values, segments=masks.segments, chunk_len=chunk_len, in_bf16=in_bf16)
 
 
 def _outer(inputs: ScanInputs, b: Tensor, x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def stream_batches(
 
 def plain_batches(folder: Path, tokenizer: Tokenizer) -> Iterator[Batch]:
     """What one writes in ten minutes: stream the files, encode each text, cut the tokens."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     files = sorted(str(path) for path in folder.rglob("*.txt"))
     rows = datasets.load_dataset(

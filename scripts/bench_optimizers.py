@@ -111,7 +111,9 @@ class Trial:
             if not math.isfinite(loss):
                 break
             if step % interval == 0 or step == steps:
-                curve.append((step, round(self.evaluate(self.model)["eval_bpb"], 5)))
+                bpb = self.evaluate(self.model)["eval_bpb"]
+                assert bpb is not None, "no memory for the evaluation"
+                curve.append((step, round(bpb, 5)))
         whole = bool(curve) and curve[-1][0] == steps and math.isfinite(curve[-1][1])
         return {
             "final_bpb": curve[-1][1] if whole else None,

@@ -34,7 +34,7 @@ from tests.fakeworld.clients import make_client
 from tests.fakeworld.crawl import Page, pack, warc_record, wet_record
 from tests.fakeworld.hub import FakeDataset, FakeHub, parquet_bytes
 from tests.fakeworld.server import FakeWorld
-from training.build import TOKEN_CACHE, build_evaluation_index
+from training.build_data import TOKEN_CACHE, build_evaluation_index
 from training.config.cli import parse_args
 from training.data import tokenize_corpus
 from training.sources.commoncrawl import CommonCrawlSource

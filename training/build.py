@@ -144,7 +144,7 @@ def build_sampler(
     when there was no memory for it."""
     prompt = [tokenizer.end_id, *tokenizer.encode(config.eval.sample_prompt)]
 
-    def write(model: nn.Module) -> str:
+    def write(model: Any) -> str:
         tokens = generate(
             model,
             torch.tensor([prompt], device=device),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.probe import Probe
 from training.stream.batch import Batch
@@ -40,7 +40,7 @@ class StepContext:
 
     step: int
     total_steps: int
-    model: nn.Module
+    model: Any  # a SigmaLLM; types of nn.Module do not know its methods
     optimizer: Any
     mixture: Mixture | None = None
     probe: Probe | None = None

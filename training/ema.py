@@ -25,7 +25,9 @@ class WeightAverage:
             self.shadow = {name: param.clone() for name, param in params.items()}
             return False
         shadows = [self.shadow[name] for name in params]
-        torch._foreach_lerp_(shadows, list(params.values()), 1.0 - self.decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            shadows, list(params.values()), 1.0 - self.decay
+        )
         return self.decay < 1.0
 
     @torch.no_grad()

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
@@ -41,7 +40,7 @@ class SigmaTrainer:
         self,
         config: SigmaConfig,
         *,
-        model: nn.Module,
+        model: Any,  # a SigmaLLM, which this module must not know
         optimizer: OptimizerSet,
         stream: BatchStream,
         features: FeatureSet,
@@ -239,7 +238,7 @@ class SigmaTrainer:
             self.load_state_dict(state)
             self._follow(checkpoint, state)
         recorder.display.start(step=self.step, total_steps=run.steps)
-        if self.step:
+        if checkpoint is not None:
             recorder.display.message(f"resumed from step {self.step} ({checkpoint.path})")
         facts = {
             **self.services.start_facts,
