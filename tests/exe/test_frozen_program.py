@@ -34,13 +34,17 @@ def program(tmp_path_factory) -> Path:
     return root / "dist/eco_train" / ("eco_train.exe" if os.name == "nt" else "eco_train")
 
 
-def start(program: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def start(
+    program: Path, *arguments: str, cwd: Path, **variables: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Run the program; variables of the environment are set, or taken away by None."""
     # Without the interpreter's own variables: the program must stand alone.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     return subprocess.run(
         [program, *arguments],
         cwd=cwd,
-        env={**env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={name: value for name, value in env.items() if value is not None},
         capture_output=True,
         encoding="utf-8",
         timeout=RUN_LIMIT_S,
@@ -103,6 +107,17 @@ def test_a_failure_leaves_a_crash_report(program, tmp_path):
     reports = list((directory / "errors").glob("crash_*.json"))
     assert len(reports) == 1 and reports[0].name in run.stderr
     assert json.loads(reports[0].read_text(encoding="utf-8"))["error"]["message"]
+
+
+def test_kernels_are_kept_beside_the_outputs(program, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    flags = ("--mode", "doctor", "--self-check", "--json", "--device", "cpu", "--no-require-cuda")
+    own = {name: None for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_INTERPRET")}
+    run = start(program, *flags, cwd=tmp_path, HOME=str(home), USERPROFILE=str(home), **own)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert any((tmp_path / ".runtime_cache").rglob("*.cubin"))
+    assert not any(home.rglob("*.cubin"))
 
 
 def test_nothing_is_written_into_the_program(program, tmp_path):

@@ -65,6 +65,25 @@ def test_each_part_of_the_recipe_prevents_its_failure(programs, control, tmp_pat
     assert (run.returncode == 0) == control.works, said[-2000:]
 
 
+def test_without_a_cache_folder_of_ours_kernels_land_in_the_users_home(programs, tmp_path):
+    """What `prepare_caches` is for; that the program itself keeps to `.runtime_cache` is tested
+    with the whole of it (test_frozen_program.py)."""
+    home = tmp_path / "home"
+    home.mkdir()
+    ours = ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_INTERPRET")
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    run = subprocess.run(
+        [programs["whole"], "kernel"],
+        cwd=tmp_path,
+        env={**inherited, "HOME": str(home), "USERPROFILE": str(home)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=RUN_LIMIT_S,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert any((home / ".triton").rglob("*.cubin"))
+
+
 def test_a_part_that_the_hook_no_longer_names_is_an_error(tmp_path):
     build = Build(name="gone", removed=("what no hook says",))
     with pytest.raises(ValueError, match="exactly once"):
