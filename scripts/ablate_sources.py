@@ -16,8 +16,6 @@ import argparse
 import functools
 import json
 import logging
-import os
-import platform
 import re
 import statistics
 import sys
@@ -32,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.soak import code_version
+from scripts.soak import code_version, machine_text
 from training.build import build_trainer
 from training.build_data import build_tokenizer
 from training.config.cli import parse_args
@@ -203,8 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         "runs": {str(seed): run for seed, run in runs.items()},
         "seconds": round(time.monotonic() - start),
         "code": code_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, 1 thread, "
-        f"Python {platform.python_version()}, torch {torch.__version__}",
+        "machine": f"{machine_text()}, 1 thread, torch {torch.__version__}",
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

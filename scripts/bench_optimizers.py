@@ -41,7 +41,7 @@ from training.data import TokenCorpus, TokenStream
 from training.instant import apply_instant
 from training.optimizer import OptimizerSet, build_optimizer
 from training.runtime.environment import keep_freed_memory
-from training.schedule import learning_rate_factor, weight_decay_factor
+from training.schedule import step_factors
 
 PROJECT = Path(__file__).resolve().parent.parent
 COMMON = "--no-require-cuda --device cpu --no-torch-compile"
@@ -124,16 +124,8 @@ class Trial:
 
     def _step(self, step: int) -> float:
         optim, total = self.config.optim, self.config.run.steps
-        factor = learning_rate_factor(
-            step,
-            total_steps=total,
-            warmup_steps=optim.warmup_steps,
-            warmdown_fraction=optim.warmdown_fraction,
-            final_ratio=optim.lr_final_ratio,
-        )
-        self.optimizer.set_schedule(
-            lr_factor=factor, decay_factor=weight_decay_factor(step, total_steps=total)
-        )
+        factor, decay = step_factors(step, total_steps=total, optim=optim)
+        self.optimizer.set_schedule(lr_factor=factor, decay_factor=decay)
         batch = self.stream.next_batch()
         with self.model.weights_held():
             outputs = self.model(batch.input_ids, reset_mask=batch.reset_mask, labels=batch.labels)

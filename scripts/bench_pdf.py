@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.soak import code_version
+from scripts.soak import code_version, machine_text
 from training.sources.base import Document, SourceExhausted
 from training.sources.pdf import PdfSource
 
@@ -91,8 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         ),
         "characters_per_s": round(len(text) / seconds),
         "code": code_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}",
+        "machine": machine_text(),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -16,7 +16,6 @@ import functools
 import gzip
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.bench_data import plain_batches
-from scripts.soak import code_version
+from scripts.soak import code_version, machine_text
 from tests.fakeworld.clients import make_client
 from tests.fakeworld.crawl import Page, pack, warc_record, wet_record
 from tests.fakeworld.hub import FakeDataset, FakeHub, parquet_bytes
@@ -189,8 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         "rounds": options.rounds,
         "code": code_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}",
+        "machine": machine_text(),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,6 @@ import gzip
 import http.server
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -38,7 +37,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.assets_html import extract_blocks
-from scripts.soak import code_version
+from scripts.soak import code_version, machine_text
 from tests.fakeworld.clients import drain, make_client
 from tests.fakeworld.server import FakeWorld
 from tests.training.sources.test_real_archives import split_records
@@ -277,8 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
         "what": name,
         **found,
         "code": code_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}",
+        "machine": machine_text(),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -277,8 +277,7 @@ def run_suite(name: str, *, wanted: int, minutes: float, seed: int) -> dict[str,
         "facts": trials.facts,
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": code_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}",
+        "machine": machine_text(),
     }
 
 
@@ -290,6 +289,12 @@ def code_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()
+
+
+def machine_text() -> str:
+    """What a report says of the machine it was made on."""
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return f"{machine}, Python {platform.python_version()}"
 
 
 def remove(directory: Path) -> None:

@@ -7,6 +7,8 @@ latent weights across the rounding cut for no gain (BitNet b1.58 2402.17764; MEC
 
 from __future__ import annotations
 
+from training.config.sections import OptimConfig
+
 
 def learning_rate_factor(
     step: int,
@@ -28,6 +30,18 @@ def learning_rate_factor(
 def weight_decay_factor(step: int, *, total_steps: int) -> float:
     """1 in the first half of the run, 0 in the second."""
     return 1.0 if step * 2 <= total_steps else 0.0
+
+
+def step_factors(step: int, *, total_steps: int, optim: OptimConfig) -> tuple[float, float]:
+    """Factors on learning rate and weight decay of 1-based `step`, as the flags want them."""
+    rate = learning_rate_factor(
+        step,
+        total_steps=total_steps,
+        warmup_steps=optim.warmup_steps,
+        warmdown_fraction=optim.warmdown_fraction,
+        final_ratio=optim.lr_final_ratio,
+    )
+    return rate, weight_decay_factor(step, total_steps=total_steps)
 
 
 def is_due(step: int, interval: int) -> bool:

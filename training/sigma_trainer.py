@@ -28,7 +28,7 @@ from training.runtime.memory_guard import MemoryLimitReached, Relief, clear_cach
 from training.runtime.rng_state import capture_rng_state, restore_rng_state
 from training.runtime.run_state import join_run_state
 from training.runtime.signals import StopRequest
-from training.schedule import is_due, learning_rate_factor, weight_decay_factor
+from training.schedule import is_due, step_factors
 from training.stream.batch import BatchStream
 from training.weight_update import apply_gradients
 
@@ -133,16 +133,8 @@ class SigmaTrainer:
     def begin_step(self) -> StepContext:
         step = self.step + 1
         optim, total = self.config.optim, self.config.run.steps
-        factor = learning_rate_factor(
-            step,
-            total_steps=total,
-            warmup_steps=optim.warmup_steps,
-            warmdown_fraction=optim.warmdown_fraction,
-            final_ratio=optim.lr_final_ratio,
-        )
-        self.optimizer.set_schedule(
-            lr_factor=factor, decay_factor=weight_decay_factor(step, total_steps=total)
-        )
+        factor, decay = step_factors(step, total_steps=total, optim=optim)
+        self.optimizer.set_schedule(lr_factor=factor, decay_factor=decay)
         self.clock.reset()
         self.clock.synchronize_edges = self._is_log_step(step)
         ctx = StepContext(step=step, total_steps=total, model=self.model, optimizer=self.optimizer)

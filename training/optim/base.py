@@ -34,11 +34,6 @@ class Update:
     gain: float
     group: dict[str, Any]
 
-    def norms(self) -> list[Tensor]:
-        """Euclidean norm of gain * direction per parameter: 0-d tensors, nothing is waited for."""
-        norms = list(torch._foreach_norm(self.directions, 2))
-        return norms if self.gain == 1.0 else list(torch._foreach_mul(norms, abs(self.gain)))
-
 
 @dataclass(slots=True, kw_only=True)
 class _Dormant:
@@ -60,7 +55,7 @@ Adjustment = Callable[[Update], None]
 
 
 class ScaledOptimizer(torch.optim.Optimizer, ABC):
-    """A torch optimizer whose updates can be scaled, adjusted and measured from outside.
+    """A torch optimizer whose updates can be scaled and adjusted from outside.
 
     Scales, adjustment and switches are no state of the optimizer: who sets them saves them.
     A parameter without a gradient is left alone: no decay, no drift of its momentum. The same holds
@@ -68,11 +63,9 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
     """
 
     foreach = True  # False: every parameter is a bucket of its own
-    keeps_norms = False
     _scales: dict[Tensor, Scale] | None = None
     _adjustment: Adjustment | None = None
     _stacks: tuple[Tensor, ...] = ()
-    _norms: dict[Tensor, Tensor] | None = None
 
     @abstractmethod
     def propose(self, params: list[Tensor], group: dict[str, Any]) -> Update:
@@ -107,17 +100,11 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
         one whose gradient is exactly zero is left alone, with its state."""
         self._stacks = tuple(params)
 
-    @property
-    def update_norms(self) -> dict[Tensor, Tensor]:
-        """||gain * scale * direction|| of the last step by parameter; filled if `keeps_norms`."""
-        return self._norms or {}
-
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         if closure is not None:
             raise ValueError(f"{type(self).__name__} takes no closure")
-        self._norms = {}
         dormant = self._dormant_slices()
         for group in self.param_groups:
             for params in self._buckets(group):
@@ -126,7 +113,7 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
             self._restore(part)
 
     def apply_plainly(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """The update when nobody scales, adjusts or measures."""
+        """The update when nobody scales or adjusts."""
         self._apply(self.propose(params, group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -159,7 +146,7 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
         yield from buckets.values()
 
     def _step_bucket(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        if self._scales is None and self._adjustment is None and not self.keeps_norms:
+        if self._scales is None and self._adjustment is None:
             self.apply_plainly(params, group)
             return
         update = self.propose(params, group)
@@ -169,8 +156,6 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
             for param, direction in zip(params, update.directions):
                 if param in self._scales:
                     direction.mul_(self._scales[param])
-        if self.keeps_norms and self._norms is not None:
-            self._norms.update(zip(params, update.norms()))
         self._apply(update)
 
     def _apply(self, update: Update) -> None:
