@@ -33,6 +33,7 @@ usage: python scripts/launch.py [--cpu] COMMAND
 
 The first run makes the environment in .venv and takes a minute or more; later ones start at once.
 """
+MOST_TEST_PROCESSES = 4  # each holds the program in memory, about 1 GB
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
@@ -96,7 +97,7 @@ def command_line(command: str, rest: list[str], *, venv: Path) -> tuple[list[str
     python = str(python_of(venv))
     here = Path.cwd()
     if command == "test":
-        return [python, "-m", "pytest", *rest], ROOT
+        return [python, "-m", "pytest", *(rest or side_by_side())], ROOT
     if command == "train":
         if not any(argument.startswith("@") for argument in rest):
             profile = QUICKSTART if here == ROOT else ROOT / QUICKSTART
@@ -106,6 +107,12 @@ def command_line(command: str, rest: list[str], *, venv: Path) -> tuple[list[str
     if program is None:
         raise UsageError(f"`{rest[0]}` is neither in the environment nor on the PATH")
     return [program, *rest[1:]], here
+
+
+def side_by_side() -> list[str]:
+    """The flags that run all tests in several processes, a file's tests in one of them."""
+    processes = min(os.cpu_count() or 1, MOST_TEST_PROCESSES)
+    return [] if processes == 1 else ["-n", str(processes), "--dist", "loadfile"]
 
 
 def child_environment(venv: Path) -> dict[str, str]:
