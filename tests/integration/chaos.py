@@ -117,6 +117,10 @@ class Life:
         whole = [line.split() for line in lines if len(line.split()) == 5]
         return [(int(p), int(step), *map(float, rest)) for p, step, *rest in whole]
 
+    def has_saved(self) -> bool:
+        """Whether a fault finds something to go back to; before that it only costs a start."""
+        return any((self.run / "checkpoints").glob("checkpoint_step_*/MANIFEST.json"))
+
     def newest(self) -> tuple[int, int]:
         """Process and number of the newest step, (0, 0) before the first."""
         try:
@@ -283,7 +287,7 @@ def torment(
             follow(life, twin)
             struck = sum(tormentor.done.values())
             due = struck < faults and time.monotonic() - start >= interval * (struck + 0.5)
-            if due and life.is_training():
+            if due and life.is_training() and life.has_saved():
                 tormentor.strike()
         for one in (life, twin):
             (one.home / "last").write_text(str(life.newest()[1] + LAST_STEPS), encoding="ascii")

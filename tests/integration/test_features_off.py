@@ -22,8 +22,10 @@ class Idle(Feature):
 
 def without_feature_columns(directory):
     rows = metrics_rows(directory)
-    return [{k: v for k, v in row.items() if k in ("step", "train_loss", "grad_norm", "eval_bpb")}
-            for row in rows]
+    return [
+        {k: v for k, v in row.items() if k in ("step", "train_loss", "grad_norm", "eval_bpb")}
+        for row in rows
+    ]
 
 
 def test_a_run_without_any_feature_trains(tmp_path):
