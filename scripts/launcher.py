@@ -110,9 +110,12 @@ def command_line(command: str, rest: list[str], *, venv: Path) -> tuple[list[str
 
 
 def side_by_side() -> list[str]:
-    """The flags that run all tests in several processes, a file's tests in one of them."""
+    """The flags that run all tests in several processes, a file's tests in one of them; files go
+    out in their order, which begins with the longest ones, those that freeze the program."""
     processes = min(os.cpu_count() or 1, MOST_TEST_PROCESSES)
-    return [] if processes == 1 else ["-n", str(processes), "--dist", "loadfile"]
+    if processes == 1:
+        return []
+    return ["-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def child_environment(venv: Path) -> dict[str, str]:

@@ -272,6 +272,7 @@ def build_recorder(config: SigmaConfig, display: RunDisplay, device: torch.devic
         device=device,
         tokens_per_step=data.batch_size * data.seq_len * data.grad_accum_steps,
         ema_beta=config.run.metrics_ema_beta,
+        is_synthetic=config.stream.synthetic_data,
     )
 
 

@@ -147,3 +147,13 @@ def test_a_checkpoint_of_other_stream_settings_is_refused_by_flag(folder, tmp_pa
         train(flags(folder, tmp_path / "run", "--stream-shuffle-buffer", "17"))
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["stream"]["data_backend"] == "local"
+
+
+def test_losses_on_real_and_on_generated_text_have_columns_of_their_own(tmp_path):
+    few = ("--steps", "2", "--eval-interval", "0")
+    train(tiny_flags(tmp_path / "tasks", "--synthetic-data", "--data-backend", "hybrid", *few))
+    train(tiny_flags(tmp_path / "text", *few))
+    for name, full, empty in (("tasks", "synth", "real"), ("text", "real", "synth")):
+        last = metrics_rows(tmp_path / name)[-1]
+        assert last[f"train_loss_{full}_data"] == last["train_loss"] > 0
+        assert last[f"train_loss_{empty}_data"] is None

@@ -33,6 +33,7 @@ class RunRecorder:
         device: torch.device,
         tokens_per_step: int,
         ema_beta: float,
+        is_synthetic: bool = False,
     ) -> None:
         self.output_dir = output_dir
         self.display = display
@@ -40,6 +41,7 @@ class RunRecorder:
         self._device = device
         self._tokens_per_step = tokens_per_step
         self._beta = ema_beta
+        self._synthetic = is_synthetic  # generated tasks are never mixed with real text
         self._log: MetricsLog | None = None
         self._loss_ema: torch.Tensor | None = None
         self._loss_ema_weight = 0.0
@@ -89,6 +91,8 @@ class RunRecorder:
             "wall_s": self.wall_seconds(),
             "tokens_total": ctx.step * self._tokens_per_step,
             "train_loss": _number(ctx.train_loss),
+            "train_loss_real_data": None if self._synthetic else _number(ctx.train_loss),
+            "train_loss_synth_data": _number(ctx.train_loss) if self._synthetic else None,
             "loss_ema": _number(self._loss_ema / self._loss_ema_weight),
             "grad_norm": _number(ctx.grad_norm),
             "core_step_time_s": phases["phase_train_s"],

@@ -16,8 +16,8 @@ from training.config.data_sections import StreamConfig
 from training.config.fields import ConfigError
 from training.sources.base import JSON, DocumentSource
 
-FINEWEB = ("HuggingFaceFW/fineweb-edu", "default")
-COSMOPEDIA = ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2")
+FINEWEB = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
+COSMOPEDIA = ("HuggingFaceTB/cosmopedia", "web_samples_v2")
 HUB_SOURCES = ("fineweb", "cosmopedia", "hf")
 HTTP_TIMEOUT_S = 10.0
 LIST_KEYS = {

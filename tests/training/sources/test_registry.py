@@ -30,6 +30,11 @@ def test_backends_consist_of_their_sources_in_the_asked_shares():
         "local": 0.2,
     }  # fmt: skip
     assert weights_of(data_backend="hf", fineweb_ratio=1.0) == {"fineweb": 1.0}
+    hub = [spec.options for spec in specs_of(data_backend="hf")]
+    assert [(options["dataset"], options["config"]) for options in hub] == [
+        ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+        ("HuggingFaceTB/cosmopedia", "web_samples_v2"),
+    ]
     local = specs_of(data_backend="local", local_path=" a ; b ", pdf_path="c")
     assert [(spec.key, spec.options["paths"]) for spec in local] == [
         ("local", ["a", "b"]),
