@@ -50,6 +50,7 @@ from training.tokenizer import Tokenizer
 FLAGS = (
     "--synthetic-data", "--seq-len", "512", "--batch-size", "8", "--num-workers", "0",
     "--spool-max-mb", "0", "--source-read-timeout-sec", "600", "--stream-shuffle-buffer", "16",
+    "--bootstrap-seed-batches", "0",
 )  # fmt: skip
 FILES = 8
 Speed = tuple[float, float]  # tokens per processor second, and per second
