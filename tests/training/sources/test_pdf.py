@@ -84,6 +84,25 @@ def test_a_position_is_exact_after_any_chunk(shelf, opened):
         opened([shelf], chunk_chars=(500, 900)).load_state_dict(json.loads(states[3]))
 
 
+def test_resuming_costs_the_same_however_far_in(tmp_path, opened, monkeypatch):
+    """Pages that are read before the next chunk is there: a few, wherever the position is."""
+    (tmp_path / "long.pdf").write_bytes(make_book(60))
+    source, read = opened([tmp_path], chunk_chars=(500, 900)), []
+    states = [source.state_dict() for _ in iter(lambda: len(drain(source, 1)), 0)]
+    original = PdfSource._read_page
+    monkeypatch.setattr(
+        PdfSource,
+        "_read_page",
+        lambda self, number, file: read.append(number) or original(self, number, file),
+    )
+    resumed = opened([tmp_path], chunk_chars=(500, 900))
+    for place in (0, 10, len(states) // 2, len(states) - 3):
+        resumed.load_state_dict(states[place])
+        read.clear()
+        resumed.next_document()
+        assert 1 <= len(read) <= 3 < 60
+
+
 def test_encrypted_vanished_and_changed_files_are_counted(shelf, opened):
     locked = make_book(1).replace(
         b"/Root 1 0 R",
