@@ -169,7 +169,7 @@ class OptimConfig:
     muon_exclude_lm_head: bool = flag(True, "Keep the LM head on Adam.")
     muon_max_orthogonalized_dim: int = flag(8192, "Larger dimensions go to Adam.", minimum=1)
     muon_iteration: str = flag(
-        "quintic",
+        "polar-express",
         "Polynomials of muon, normuon and adamuon: one repeated, or the best one per step.",
         choices=("quintic", "polar-express"),
     )
