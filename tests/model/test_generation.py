@@ -5,32 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.config import SigmaModelConfig
 from model.generation import generate, iter_generate, sample_token
 from model.sigma_llm import SigmaLLM
+from tests.tiny_model import tiny_config
 
 
 def make_model(**changes) -> SigmaLLM:
-    values = {
-        "vocab_size": 53,
-        "d_model": 32,
-        "n_layers": 3,
-        "n_heads": 2,
-        "mamba_ratio": 2,
-        "d_ff": 48,
-        "n_routed_experts": 4,
-        "mamba_head_dim": 16,
-        "mamba_d_state": 16,
-        "mimo_rank": 2,
-        "kv_latent_dim": 16,
-        "rope_dim": 8,
-        "engram_enabled": True,
-        "engram_buckets": 61,
-        "engram_dim": 8,
-        # int8 rounding turns a last-bit difference between prefill and decode into a visible one
-        "quant_mode": "none",
-    }
-    return SigmaLLM(SigmaModelConfig(**(values | changes)).validate(), seed=3)
+    return SigmaLLM(tiny_config(**changes), seed=3)
 
 
 def prompt(rows: int = 2, length: int = 6) -> torch.Tensor:

@@ -14,35 +14,14 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import hf
-from model.config import SigmaModelConfig
 from model.generation import generate
 from model.hf import SigmaForCausalLM, SigmaHFConfig
 from model.sigma_llm import SigmaLLM
+from tests.tiny_model import VOCAB, tiny_config
 
-VOCAB = 53
 
-
-def make_sigma(*, quant_mode: str = "none", **changes) -> SigmaLLM:
-    """High precision by default: int8 rounding makes last-bit differences visible."""
-    values = {
-        "vocab_size": VOCAB,
-        "d_model": 32,
-        "n_layers": 3,
-        "n_heads": 2,
-        "mamba_ratio": 2,
-        "d_ff": 48,
-        "n_routed_experts": 4,
-        "mamba_head_dim": 16,
-        "mamba_d_state": 16,
-        "mimo_rank": 2,
-        "kv_latent_dim": 16,
-        "rope_dim": 8,
-        "engram_enabled": True,
-        "engram_buckets": 61,
-        "engram_dim": 8,
-        "quant_mode": quant_mode,
-    }
-    return SigmaLLM(SigmaModelConfig(**(values | changes)).validate(), seed=3).eval()
+def make_sigma(**changes) -> SigmaLLM:
+    return SigmaLLM(tiny_config(**changes), seed=3).eval()
 
 
 def make_pair(**changes) -> tuple[SigmaLLM, SigmaForCausalLM]:

@@ -12,6 +12,7 @@ from model.config import SigmaModelConfig
 from model.moe import MoE
 from model.sequence import SequenceContext
 from model.sigma_llm import SigmaLLM
+from tests.tiny_model import tiny_config
 from tests.trainable import patched
 
 VOCAB = 61
@@ -25,25 +26,15 @@ QUANT_MODES = ("bitnet_1_58", "none")
 
 
 def make_config(**changes) -> SigmaModelConfig:
+    """Ternary as by default, without n-gram memory."""
     values = {
         "vocab_size": VOCAB,
-        "d_model": 32,
-        "n_layers": 3,
-        "n_heads": 2,
-        "mamba_ratio": 2,
-        "d_ff": 48,
-        "n_routed_experts": 4,
-        "mamba_head_dim": 16,
-        "mamba_d_state": 16,
-        "mamba_chunk_len": 16,
-        "mimo_rank": 2,
-        "kv_latent_dim": 16,
-        "rope_dim": 8,
-        "engram_buckets": 61,
-        "engram_dim": 8,
+        "quant_mode": "bitnet_1_58",
+        "engram_enabled": False,
         "engram_heads": 2,
+        "mamba_chunk_len": 16,
     }
-    return SigmaModelConfig(**(values | changes)).validate()
+    return tiny_config(**(values | changes))
 
 
 def make_model(*, seed: int = 0, **changes) -> SigmaLLM:

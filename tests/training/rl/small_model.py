@@ -6,8 +6,8 @@ import random
 
 import torch
 
-from model.config import SigmaModelConfig
 from model.sigma_llm import SigmaLLM
+from tests.tiny_model import tiny_config
 
 VOCAB = 23
 STOPS = (5, 7)
@@ -16,27 +16,8 @@ PAD = 0
 
 def small_model(*, spread: float = 3.0, seed: int = 3, **changes) -> SigmaLLM:
     """spread: factor on every matrix, so that a fresh model already prefers some tokens."""
-    values = {
-        "vocab_size": VOCAB,
-        "d_model": 32,
-        "n_layers": 3,
-        "n_heads": 2,
-        "mamba_ratio": 2,
-        "d_ff": 48,
-        "n_routed_experts": 4,
-        "mamba_head_dim": 16,
-        "mamba_d_state": 16,
-        "mimo_rank": 2,
-        "mamba_chunk_len": 8,
-        "kv_latent_dim": 16,
-        "rope_dim": 8,
-        "engram_enabled": True,
-        "engram_buckets": 61,
-        "engram_dim": 8,
-        # int8 rounding turns a last-bit difference between prefill and decode into a visible one
-        "quant_mode": "none",
-    }
-    model = SigmaLLM(SigmaModelConfig(**(values | changes)).validate(), seed=seed)
+    values = {"vocab_size": VOCAB, "mamba_chunk_len": 8}
+    model = SigmaLLM(tiny_config(**(values | changes)), seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
