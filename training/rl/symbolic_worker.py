@@ -120,15 +120,18 @@ def _combined(sign: ast.operator, left, right):
 def math_verify_compare() -> Compare:
     """math-verify without its time limits; RuntimeError if it cannot see that 1/2 is 0.5."""
     try:
-        from math_verify import parse, verify
+        from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeError(
             f"math-verify is not installed: pip install math-verify ({error})"
         ) from error
 
+    def read(text: str):
+        return parse(f"${text}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
     def compare(expected: str, actual: str) -> bool:
-        sides = [parse(f"${text}$", parsing_timeout=None) for text in (expected, actual)]
-        return all(sides) and verify(*sides, timeout_seconds=None)
+        gold, found = read(expected), read(actual)
+        return bool(gold and found) and verify(gold, found, timeout_seconds=None)
 
     if not compare("1/2", "0.5") or compare("1/2", "0.6"):
         raise RuntimeError("math-verify does not work here: it cannot tell that 1/2 is 0.5")

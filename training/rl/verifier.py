@@ -69,6 +69,14 @@ class Verifier:
 
         ValueError if the two differ in length or a code task comes without `code`.
         """
+        judgements = self.judge(tasks, completions, rng=rng)
+        self.record(tasks, judgements)
+        return judgements
+
+    def judge(
+        self, tasks: Sequence[Task], completions: Sequence[str], *, rng: random.Random
+    ) -> list[Judgement]:
+        """`verify` without a trace in the metrics: for whoever has the last word elsewhere."""
         pairs = list(zip(tasks, completions, strict=True))
         found: dict[int, Judgement] = {}
         programs = [number for number, (task, _) in enumerate(pairs) if task.code is not None]
@@ -78,9 +86,17 @@ class Verifier:
         for number, (task, completion) in enumerate(pairs):
             if number not in found:
                 found[number] = _judge_text(task, completion)
-        judgements = [found[number] for number in range(len(pairs))]
-        self._count(tasks, judgements)
-        return judgements
+        return [found[number] for number in range(len(pairs))]
+
+    def record(self, tasks: Sequence[Task], judgements: Sequence[Judgement]) -> None:
+        """Count final judgements into the metrics."""
+        for task, judgement in zip(tasks, judgements, strict=True):
+            names = ["verdicts", task.domain]
+            names += ["passed", f"{task.domain}_passed"] if judgement.passed else []
+            names += ["unparsed"] if not judgement.parsed else []
+            names += ["timeouts"] if judgement.reason == TIMEOUT else []
+            self._counts.update(names)
+            self._seconds += judgement.elapsed_s
 
     def take_metrics(self) -> dict[str, float]:
         """`verifier_*` of all verdicts since the last call; a rate of none is not a number."""
@@ -191,15 +207,6 @@ class Verifier:
                 )
             )
         return judgements
-
-    def _count(self, tasks: Sequence[Task], judgements: Sequence[Judgement]) -> None:
-        for task, judgement in zip(tasks, judgements):
-            names = ["verdicts", task.domain]
-            names += ["passed", f"{task.domain}_passed"] if judgement.passed else []
-            names += ["unparsed"] if not judgement.parsed else []
-            names += ["timeouts"] if judgement.reason == TIMEOUT else []
-            self._counts.update(names)
-            self._seconds += judgement.elapsed_s
 
 
 def _judge_text(task: Task, completion: str) -> Judgement:
