@@ -100,6 +100,8 @@ class SourceReader:
 
     def seek(self, number: int, snapshot: dict[str, JSON]) -> None:
         """Make the shards from `number` on, which begins at `snapshot`."""
+        # What was read ahead of another place must not fill the store that this one needs.
+        self.store.release(number)
         with self._changed:
             self._request = (number, snapshot)
             self._released = number

@@ -26,7 +26,7 @@ from training.stream.open_stream import (
     prune_spool,
     worker_count,
 )
-from training.stream.shards import shard_file
+from training.stream.shards import SpoolStore, shard_file
 
 CORPUS = tokenize_corpus(SmallCorpus(), TOKENIZER)
 WORDS = "table index lord commit returns stream value error query every night river".split()
@@ -111,6 +111,29 @@ def test_resume_over_real_files(folder, tmp_path, expected):
         resumed.load_state_dict(states[index])
         assert digest(take(resumed, 100)) == digest(expected[index : index + 100])
         resumed.close()
+
+
+@pytest.mark.parametrize("spool_mb", [0, 1])
+def test_a_reader_that_has_read_ahead_can_be_sent_anywhere(
+    folder, tmp_path, expected, spool_mb, monkeypatch
+):
+    """A resumed run opens its stream, which reads ahead from the start, and then goes on far in:
+    what fills the store by then must not keep it from the shards that are wanted."""
+    monkeypatch.setattr("training.stream.open_stream.NETWORK_KINDS", ("local",) * spool_mb)
+    monkeypatch.setattr(SpoolStore, "has_room", lambda store, number: number <= store._current + 1)
+    flags = ("--source-prefetch", "1", "--spool-max-mb", str(spool_mb), "--num-workers")
+    stream = opened(folder, tmp_path / "one", *flags, "0")
+    take(stream, 200)
+    state = stream.state_dict()
+    stream.close()
+    resumed = opened(folder, tmp_path / "two", *flags, "1", "--first-batch-timeout-sec", "20")
+    reader = resumed._readers["local"]
+    with reader._changed:  # until it has nothing more to do
+        assert reader._changed.wait_for(lambda: not reader.store.has_room(reader._number), 60.0)
+    assert state["cursors"]["local"]["number"] > reader._number
+    resumed.load_state_dict(state)
+    assert digest(take(resumed, 50)) == digest(expected[200:250])
+    resumed.close()
 
 
 def test_changed_files_are_another_source(folder, tmp_path):
