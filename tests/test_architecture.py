@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 NOBODY = ("scripts", "tests", "bench")  # what product code may never import
 ORCHESTRATION = (
     *("training.sigma_trainer", "training.modes"),
-    *("training.build", "training.build_data", "training.build_guards"),
+    *("training.build", "training.build_data", "training.build_guards", "training.build_rl"),
 )
 # Path prefix -> what is forbidden there, and what is allowed all the same. The first match counts.
 IMPORT_RULES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (

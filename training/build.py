@@ -19,6 +19,7 @@ from model.opaque import compile_model
 from model.sigma_llm import SigmaLLM
 from training.build_data import build_corpus, build_stream, build_tokenizer
 from training.build_guards import build_guards
+from training.build_rl import build_rl
 from training.config.cli import load_json, write_resolved
 from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import TokenCorpus, validation_batches
@@ -229,20 +230,17 @@ def build_trainer(
         batch_size=config.data.batch_size, accumulation=config.data.grad_accum_steps
     )
     stream = build_stream(config, tokenizer, corpus)
+    clock = build_clock(config, display, device)
     services = RunServices(
-        clock=build_clock(config, display, device),
+        clock=clock,
         store=store,
         saves=SaveSchedule(store, interval=config.run.save_interval, say=display.message),
         plan=plan,
         memory=build_memory_guard(config, plan, stream, display, device),
-        watchdog=HangWatchdog(
-            output_dir, timeout_s=config.run.hang_timeout_sec, say=display.message
-        ),
+        watchdog=build_watchdog(config, display),
         recorder=recorder,
         audit=guards,
-        scaler=torch.amp.GradScaler(
-            device.type, enabled=autocast_dtype(config, device) is torch.float16
-        ),
+        scaler=build_scaler(config, device),
         autocast=build_autocast(config, device),
         evaluate=build_evaluator(config, corpus, device, say=display.message),
         sample=build_sampler(config, tokenizer, device, say=display.message),
@@ -252,6 +250,7 @@ def build_trainer(
         start_facts=start_facts(config, model),
         config_hash=config_hash(config),
         probe=probe,
+        rl=build_rl(config, model, tokenizer, stream=stream, clock=clock, features=feature_set),
     )
     return SigmaTrainer(
         config,
@@ -262,6 +261,17 @@ def build_trainer(
         services=services,
         device=device,
     )
+
+
+def build_watchdog(config: SigmaConfig, display: RunDisplay) -> HangWatchdog:
+    output_dir, timeout_s = Path(config.run.output_dir), config.run.hang_timeout_sec
+    return HangWatchdog(output_dir, timeout_s=timeout_s, say=display.message)
+
+
+def build_scaler(config: SigmaConfig, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss where training is in fp16; elsewhere it does nothing."""
+    half = autocast_dtype(config, device) is torch.float16
+    return torch.amp.GradScaler(device.type, enabled=half)
 
 
 def build_recorder(config: SigmaConfig, display: RunDisplay, device: torch.device) -> RunRecorder:

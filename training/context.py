@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from training.probe import Probe
+from training.rl_service import RLService
 from training.stream.batch import Batch
 from training.stream.mixture import Mixture
 
@@ -35,6 +36,7 @@ class StepContext:
     optimizer: what `update` will step.
     mixture: the draws between the stream's sources; None when it has but one text.
     probe: text of the training split that is never trained on; None when nothing asks for it.
+    rl: the learner from rewards; None when there is none.
     rng: generator of the feature that is being called, derived from the seed and its name.
     """
 
@@ -44,6 +46,7 @@ class StepContext:
     optimizer: Any
     mixture: Mixture | None = None
     probe: Probe | None = None
+    rl: RLService | None = None
     rng: torch.Generator | None = None
     micro: int = 0
     batch: Batch | None = None

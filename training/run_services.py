@@ -13,6 +13,7 @@ from torch import nn
 from training.audit import RunAudit
 from training.micro_batch import MicroBatchPlan
 from training.probe import Probe
+from training.rl_service import RLService
 from training.runtime.checkpoint import CheckpointStore
 from training.runtime.clock import PhaseClock
 from training.runtime.memory_guard import MemoryGuard
@@ -32,7 +33,7 @@ class RunServices:
     context of every forward. evaluate, sample: columns of an evaluation, and text the model writes
     now; None without memory. on_open: called once the run directory is locked (the resolved
     settings). report: refreshed after saves. forward_model: the model, or its compiled form.
-    probe: held-out training text, where a feature decides by it.
+    probe: held-out training text, where a feature decides by it. rl: learner from rewards, if any.
     """
 
     clock: PhaseClock
@@ -53,3 +54,4 @@ class RunServices:
     start_facts: dict[str, Any]
     config_hash: str
     probe: Probe | None = None
+    rl: RLService | None = None

@@ -139,6 +139,7 @@ class SigmaTrainer:
         self.clock.synchronize_edges = self._is_log_step(step)
         ctx = StepContext(step=step, total_steps=total, model=self.model, optimizer=self.optimizer)
         ctx.mixture, ctx.probe = self.stream.mixture, self.services.probe
+        ctx.rl = self.services.rl
         ctx.log("lr", optim.lr * factor)
         return ctx
 

@@ -14,6 +14,7 @@ from model.config import SigmaModelConfig
 from training.config.c3o_sections import C3OConfig, ProbeConfig
 from training.config.data_sections import AdaptiveConfig, StreamConfig
 from training.config.fields import ConfigError, iter_flags, section
+from training.config.rl_sections import SigmaRLConfig, StartupConfig, TtrlConfig, VerifierConfig
 from training.config.sections import (
     CurriculumConfig,
     DataConfig,
@@ -49,6 +50,10 @@ class SigmaConfig:
     optim: OptimConfig = section(OptimConfig, title="Optimizer and schedule")
     c3o: C3OConfig = section(C3OConfig, title="C3O and credit", prefix="c3o")
     probe: ProbeConfig = section(ProbeConfig, title="Probe text", prefix="probe")
+    ttrl: TtrlConfig = section(TtrlConfig, title="Reinforcement learning", prefix="ttrl")
+    sigma_rl: SigmaRLConfig = section(SigmaRLConfig, title="RL objectives")
+    verifier: VerifierConfig = section(VerifierConfig, title="Verifier", prefix="verifier")
+    startup: StartupConfig = section(StartupConfig, title="Start-up", prefix="startup")
     eval: EvalConfig = section(EvalConfig, title="Evaluation and samples while training")
     precision: PrecisionConfig = section(PrecisionConfig, title="Precision and compilation")
     perf: PerfConfig = section(PerfConfig, title="Performance window")
@@ -76,6 +81,7 @@ class SigmaConfig:
         self._validate_run()
         self._validate_optim()
         self._validate_credit()
+        self._validate_rl()
         self._validate_instant()
         self._validate_curriculum()
         self._validate_adaptive()
@@ -124,6 +130,32 @@ class SigmaConfig:
             raise ConfigError(
                 f"{flag} needs probe text held out of the training text, which "
                 f"--data-backend embedded has; use that, or --no-{flag[2:]}"
+            )
+
+    def _validate_rl(self) -> None:
+        ttrl, verifier = self.ttrl, self.verifier
+        self.sigma_rl.dispo_clip()
+        if ttrl.budget_min > ttrl.budget_max:
+            raise ConfigError(
+                f"--ttrl-budget-min {ttrl.budget_min} must not exceed --ttrl-budget-max "
+                f"{ttrl.budget_max}"
+            )
+        if not ttrl.interval:
+            return
+        if not verifier.math_enabled and not verifier.code_enabled:
+            raise ConfigError(
+                "--ttrl-interval needs tasks: add --verifier-math-enabled or "
+                "--verifier-code-enabled, or give --ttrl-interval 0"
+            )
+        if ttrl.label_mode == "majority" and verifier.code_enabled:
+            raise ConfigError(
+                "--ttrl-label-mode majority counts answers, which programs have none of: add "
+                "--no-verifier-code-enabled"
+            )
+        if ttrl.asym_verify_enabled and ttrl.discriminative_topk < ttrl.group_size:
+            raise ConfigError(
+                f"--ttrl-discriminative-topk {ttrl.discriminative_topk} must be at least "
+                f"--ttrl-group-size {ttrl.group_size}"
             )
 
     def instant_mode(self) -> str:

@@ -1,5 +1,6 @@
 """The ordered tuple of all features: position is the order in every phase."""
 
+from training.features.asym_verify import AsymVerifyFeature
 from training.features.base import Feature
 from training.features.c3o_credit import C3oCreditFeature
 from training.features.curriculum import CurriculumFeature
@@ -7,12 +8,21 @@ from training.features.diff_mla import DiffMlaFeature
 from training.features.ema import EmaFeature
 from training.features.instant import InstantFeature
 from training.features.reweighting import AdaptiveSourcesFeature
+from training.features.rl_auto_mix import RlAutoMixFeature
+from training.features.sigma_rl import SigmaRLFeature
+from training.features.verifier import VerifierFeature
+from training.features.verifier_cascade import VerifierCascadeFeature
 
 FEATURES: tuple[type[Feature], ...] = (
     InstantFeature,
     AdaptiveSourcesFeature,
-    C3oCreditFeature,
+    C3oCreditFeature,  # looks at the language model's step, so before RL takes one
+    SigmaRLFeature,
+    VerifierFeature,
+    VerifierCascadeFeature,
+    AsymVerifyFeature,
+    RlAutoMixFeature,
     CurriculumFeature,
     DiffMlaFeature,
-    EmaFeature,
+    EmaFeature,  # averages the weights as the step leaves them
 )

@@ -41,14 +41,19 @@ class PhaseClock:
         self._window = window
         self.synchronize_edges = False
         self.seconds: dict[str, float] = {}
+        self._inside = 0.0  # of the open span's seconds, those of spans inside it
 
     @contextmanager
     def __call__(self, span: str) -> Iterator[None]:
-        start = self._now()
+        """Charge the block to `span`, but for the spans inside it, which are charged themselves."""
+        start, outside = self._now(), self._inside
+        self._inside = 0.0
         try:
             yield
         finally:
-            self.add(span, self._now() - start)
+            seconds = self._now() - start
+            self.add(span, seconds - self._inside)
+            self._inside = outside + seconds
 
     def add(self, span: str, seconds: float) -> None:
         """Charge seconds that were measured elsewhere."""
@@ -96,6 +101,7 @@ def phase_columns(seconds: Mapping[str, float]) -> dict[str, float]:
         "phase_opt_step_s": parts["opt_step"],
         "phase_zero_grad_s": zero_grad,
         "phase_train_other_s": other,
+        "phase_ttrl_s": seconds.get("ttrl", 0.0),
     }
 
 

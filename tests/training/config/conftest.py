@@ -40,6 +40,11 @@ FITTING = {
     "adaptive.adaptive_min_weight": st.floats(0.01, 1.0),
     "adaptive.adaptive_max_weight": st.floats(1.0, 9.0),
     "adaptive.adaptive_signal": st.sampled_from(["progress", "raw"]),
+    "ttrl.budget_min": st.integers(1, 4),
+    "ttrl.budget_max": st.integers(4, 64),
+    "sigma_rl.sigma_rl_dispo_clip": st.lists(FRACTION, min_size=4, max_size=4).map(
+        lambda widths: ",".join(map(repr, widths))
+    ),
     "curriculum.phases": st.lists(FRACTION, min_size=1, max_size=4, unique=True).map(
         lambda values: ",".join(map(repr, sorted(values)))
     ),
@@ -80,6 +85,10 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
         config.optim.optimizer = "c3o"
     if config.c3o.credit_enabled or config.probe.held_out:
         config.stream.data_backend = "embedded"
+    if config.ttrl.interval:
+        config.verifier.math_enabled = True
+        config.verifier.code_enabled &= config.ttrl.label_mode != "majority"
+        config.ttrl.discriminative_topk += config.ttrl.group_size
     if config.instant.mode in ("reversible", "compress"):
         config.precision.torch_compile = False
     if config.instant.mode == "reversible":

@@ -43,6 +43,8 @@ DEVIATIONS = {
         "{embedded,local,hf,commoncrawl,hybrid}",
         "the shipped text and own files are backends too",
     ),
+    ("--ttrl-interval", "default"): ("0", "RL only where it is asked for"),
+    ("--ttrl-interval", "exe"): ("0", "RL only where it is asked for"),
     ("--data-backend", "default"): ("embedded", "no network use that nobody asked for"),
 }
 # Flags that FLAGS.md does not name, each with its effect in this program.
@@ -61,7 +63,8 @@ ADDED = {
     "--spool-max-mb", "--temperature", "--top-k", "--weights",
     "--muon-iteration", "--soap-refresh", "--lion-beta1", "--lion-beta2", "--lion-state-dtype",
     "--galore-rank", "--galore-refresh", "--c3o-credit-draws", "--c3o-credit-shuffled",
-    "--probe-held-out",
+    "--probe-held-out", "--ttrl-tasks", "--sigma-rl-lr", "--sigma-rl-placebo",
+    "--verifier-eval-tasks",
 }  # fmt: skip
 
 

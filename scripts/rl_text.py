@@ -1,0 +1,237 @@
+"""The small world of scripts/rl_learns.py: a text with slips, a model that read it, an examination.
+
+The text is the embedded corpus and lines of arithmetic by somebody who errs: every third sum or
+difference is off by 1, 2 or 10. Products are worse: the commonest answer to each is a wrong one,
+always the same slip. So the model comes out unsure of sums and differences, on which a majority is
+usually right, and has a wrong majority on products.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.sigma_llm import SigmaLLM
+from training.config.cli import parse_args
+from training.config.sigma_config import SigmaConfig
+from training.instant import apply_instant
+from training.optimizer import build_optimizer
+from training.rl.candidates import CandidateMaker, CandidateSettings
+from training.rl.tasks import Task, TaskSampler, draw_task
+from training.rl.verifier import Verifier
+from training.sources.base import split_of
+from training.sources.embedded import EmbeddedCorpus
+from training.stream.batch import IGNORED_LABEL
+from training.tokenizer import Tokenizer, train_bpe
+
+MODEL_FLAGS = (
+    "--no-require-cuda --device cpu --d-model 64 --n-heads 4 --n-layers 2 --mamba-ratio 1 "
+    "--attention-ratio 1 --kv-latent-dim 32 --rope-dim 16 --mamba-head-dim 32 --mamba-d-state 16 "
+    "--mamba-chunk-len 32 --mimo-rank 1 --d-ff 192 --n-routed-experts 0 --quant-mode none "
+    "--lr 0.02 --adam-lr 0.01"
+).split()
+FAMILIES = ("add", "subtract")
+WRONG_FAMILY = "multiply"
+LEVELS = {"add": 2, "subtract": 2, "multiply": 1}
+SLIP_SHARE = 0.35
+SLIPS = (-10, -2, -1, 1, 2, 10)
+RIGHT_PRODUCTS, COMMON_SLIP_SHARE, COMMON_SLIP = 0.27, 0.33, 3
+PRODUCT_SLIPS = (-12, -10, -4, -2, -1, 1, 2, 10)
+ROW_TOKENS, ARITHMETIC_ROWS, CORPUS_ROWS = 128, 8, 1
+PRETRAIN_ROUNDS, WARMUP_STEPS = (650, 400), 20
+CORPUS_BYTES = 4_000_000
+EXAM_SAMPLES = 16
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Score:
+    """On held-out tasks of one family: share of passing samples, of passing likeliest answers, and
+    of prompts on which the majority of the samples passes."""
+
+    tasks: int
+    sampled: float
+    greedy: float
+    majority: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+
+class FixedLevels(TaskSampler):
+    """Tasks of one level per family, so that before and after are the same examination."""
+
+    def draw(self, *, family: str | None = None, level: int | None = None) -> Task:
+        rng = random.Random(f"{self._seed} family {self._num_draws}")
+        family = rng.choice(self.families) if family is None else family
+        return super().draw(family=family, level=level or LEVELS[family])
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Every byte a token, so that numbers are read digit by digit."""
+    return Tokenizer(train_bpe([], vocab_size=257).encode())
+
+
+def config_of(seed: int) -> SigmaConfig:
+    return parse_args([*MODEL_FLAGS, "--seed", str(seed)])
+
+
+def new_model(seed: int, tokenizer: Tokenizer) -> SigmaLLM:
+    model = SigmaLLM(config_of(seed).model_config(tokenizer.vocab_size), seed=seed)
+    apply_instant(model)
+    return model
+
+
+def written_answer(task: Task, rng: random.Random) -> str:
+    """What the text says a task's answer is."""
+    answer, point = int(task.answer or "0"), rng.random()
+    if task.family != WRONG_FAMILY:
+        return str(answer + (rng.choice(SLIPS) if point < SLIP_SHARE else 0))
+    if point < RIGHT_PRODUCTS:
+        return str(answer)
+    if point < RIGHT_PRODUCTS + COMMON_SLIP_SHARE:
+        return str(answer + COMMON_SLIP)
+    return str(answer + rng.choice(PRODUCT_SLIPS))
+
+
+def arithmetic_lines(tokenizer: Tokenizer, rng: random.Random) -> Iterator[list[int]]:
+    """Documents of one line each, of all levels up to the examined one."""
+    while True:
+        family = rng.choices((*FAMILIES, WRONG_FAMILY), weights=(4, 4, 2))[0]
+        task = draw_task(family, level=rng.randint(1, LEVELS[family]), rng=rng)
+        text = f"{task.prompt}{written_answer(task, rng)}\n"
+        yield [tokenizer.end_id, *tokenizer.encode(text)]
+
+
+def corpus_lines(tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Training documents of the embedded corpus."""
+    texts, size = [], 0
+    for document in EmbeddedCorpus().documents():
+        if split_of(document.id) == "train" and size < CORPUS_BYTES:
+            texts.append(document.text)
+            size += len(document.text)
+    while True:
+        for text in texts:
+            yield [tokenizer.end_id, *tokenizer.encode(text)]
+
+
+def rows_of(lines: Iterator[list[int]], count: int) -> Iterator[Tensor]:
+    """Windows (count, ROW_TOKENS + 1) of the concatenated lines."""
+    waiting: list[int] = []
+    needed = count * (ROW_TOKENS + 1)
+    while True:
+        while len(waiting) < needed:
+            waiting += next(lines)
+        yield torch.tensor(waiting[:needed]).view(count, -1)
+        waiting = waiting[needed:]
+
+
+def read_text(
+    model: SigmaLLM, tokenizer: Tokenizer, *, steps: int, seed: int, say: Callable[[str], object]
+) -> None:
+    """One round of pretraining, with a learning rate that rises and falls."""
+    rng = random.Random(seed)
+    optimizer = build_optimizer(model, config_of(seed).optim, seed=seed)
+    arithmetic = rows_of(arithmetic_lines(tokenizer, rng), ARITHMETIC_ROWS)
+    corpus = rows_of(corpus_lines(tokenizer), CORPUS_ROWS)
+    model.train()
+    for step in range(1, steps + 1):
+        remaining = (steps - step) / (0.5 * steps)
+        factor = min(1.0, step / WARMUP_STEPS, max(0.05, remaining))
+        optimizer.set_schedule(lr_factor=factor, decay_factor=1.0)
+        rows = torch.cat([next(arithmetic), next(corpus)])
+        inputs = rows[:, :-1]
+        output = model(inputs, reset_mask=inputs == tokenizer.end_id, labels=rows[:, 1:])
+        assert output.loss is not None
+        output.loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_optimizer_step()
+        if step % 100 == 0:
+            say(f"seed {seed}: pretraining step {step}, loss {float(output.loss.detach()):.3f}")
+
+
+def pretrained(
+    seed: int, tokenizer: Tokenizer, *, directory: Path, say: Callable[[str], object]
+) -> SigmaLLM:
+    """The pretrained model of a seed; rounds whose files there are, are not done again."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = new_model(seed, tokenizer)
+    for number, steps in enumerate(PRETRAIN_ROUNDS):
+        path = directory / f"pretrained_{seed}_{number}.safetensors"
+        if path.is_file():
+            model.load_state_dict(load_file(path))
+            continue
+        read_text(model, tokenizer, steps=steps, seed=seed + 1000 * number, say=say)
+        save_file({name: value.clone() for name, value in model.state_dict().items()}, path)
+    return model
+
+
+def held_out_tasks(family: str) -> list[Task]:
+    """Every task of the test split at the examined level, by prompt; of the hundred products, the
+    validation split as well."""
+    found: dict[str, Task] = {}
+    for split in ("test", "val") if family == WRONG_FAMILY else ("test",):
+        sampler = FixedLevels((family,), split=split, seed=0)
+        for _ in range(2000):
+            task = sampler.draw()
+            found[task.prompt] = task
+    return [found[prompt] for prompt in sorted(found)]
+
+
+def examine(
+    model: SigmaLLM, tokenizer: Tokenizer, tasks: Sequence[Task], settings: CandidateSettings
+) -> Score:
+    """Scores on these tasks, sampled as in training; the same random numbers every time."""
+    verifier = Verifier(code=False, timeout_ms=2500)
+    maker = CandidateMaker(model, tokenizer, verifier, settings)
+    prompts = [maker.prompt_of(task) for task in tasks]
+
+    def judged(samples: int, temperature: float) -> list[Any]:
+        rollout = maker.draft(
+            [prompt for prompt in prompts for _ in range(samples)],
+            temperature=temperature,
+            top_k=settings.top_k if temperature else 0,
+            generator=torch.Generator().manual_seed(11),
+        )
+        texts = rollout.texts(tokenizer, stop_ids=maker.stop_ids)
+        spread = [task for task in tasks for _ in range(samples)]
+        return verifier.verify(spread, texts, rng=random.Random(11))
+
+    samples, greedy = judged(EXAM_SAMPLES, settings.temperature), judged(1, 0.0)
+    right = 0
+    for number, task in enumerate(tasks):
+        part = samples[number * EXAM_SAMPLES : (number + 1) * EXAM_SAMPLES]
+        votes = Counter(item.answer for item in part if item.answer is not None)
+        right += bool(votes) and votes.most_common(1)[0][0] == task.answer
+    verifier.close()
+    return Score(
+        tasks=len(tasks),
+        sampled=sum(item.passed for item in samples) / len(samples),
+        greedy=sum(item.passed for item in greedy) / len(greedy),
+        majority=right / len(tasks),
+    )
+
+
+def solution_rows(tokenizer: Tokenizer, tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:
+    """Inputs and labels (N, T) of right solutions; only the completion is learned."""
+    rows, starts = [], []
+    for task in tasks:
+        prompt = [tokenizer.end_id, *tokenizer.encode(task.prompt)]
+        rows.append([*prompt, *tokenizer.encode(task.solution)])
+        starts.append(len(prompt))
+    length = max(map(len, rows))
+    tokens = torch.full((len(rows), length), tokenizer.end_id)
+    labels = torch.full((len(rows), length), IGNORED_LABEL)
+    for number, (row, start) in enumerate(zip(rows, starts)):
+        tokens[number, : len(row)] = torch.tensor(row)
+        labels[number, start : len(row)] = torch.tensor(row[start:])
+    return tokens[:, :-1], labels[:, 1:]

@@ -1,0 +1,124 @@
+"""Settings of reinforcement learning from verified or voted rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.config.fields import ConfigError, flag
+
+RL_MODES = ("igrpo", "dispo", "gspo", "cispo")
+LABEL_MODES = ("verifier", "majority")
+PLACEBOS = ("none", "permuted", "random")
+
+
+@dataclass(slots=True, kw_only=True)
+class TtrlConfig:
+    interval: int = flag(0, "Steps between RL ticks; 0 = no RL.", minimum=0, maximum=10**6)
+    tasks: int = flag(1, "Tasks per tick, each with a group of its own.", minimum=1, maximum=4096)
+    group_size: int = flag(5, "Completions per policy-gradient group.", minimum=2, maximum=4096)
+    max_new_tokens: int = flag(24, "Tokens per completion.", minimum=1, maximum=2**16)
+    temperature: float = flag(0.8, "Sampling temperature.", above=0.0, maximum=100.0)
+    top_k: int = flag(40, "Sample among the k likeliest tokens; 0 = all.", minimum=0)
+    label_mode: str = flag(
+        "verifier", "What is rewarded: the verifier's verdict, or the majority's answer.",
+        choices=LABEL_MODES,
+    )  # fmt: skip
+    majority_min_share: float = flag(
+        0.5, "Share of votes below which the majority abstains.", minimum=0.0, maximum=1.0
+    )
+    refine_iters: int = flag(3, "Most retries of a failed candidate.", minimum=0, maximum=64)
+    retry_temperature_decay: float = flag(
+        0.75, "Factor on the temperature per retry.", above=0.0, maximum=1.0
+    )
+    retry_top_k_decay: float = flag(0.85, "Factor on top-k per retry.", above=0.0, maximum=1.0)
+    fast_refine_on_fail: bool = flag(
+        True, "Retry failed candidates at once; igrpo drafts from those that then pass."
+    )
+    budget_min: int = flag(1, "Fewest updates per tick.", minimum=1, maximum=64)
+    budget_max: int = flag(4, "Most updates per tick.", minimum=1, maximum=64)
+    asym_verify_enabled: bool = flag(True, "Draft a larger pool and verify a part of it.")
+    candidate_pool_multiplier: float = flag(
+        1.8, "Pool size / group size.", minimum=1.0, maximum=1024.0
+    )
+    discriminative_topk: int = flag(
+        8, "Candidates verified per task: the uniform group, then the best-scored rest.", minimum=1
+    )
+    discriminative_weight: float = flag(
+        0.35, "Weight of the mean log-prob in the score (rest: learned gate).",
+        minimum=0.0, maximum=1.0,
+    )  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class SigmaRLConfig:
+    sigma_rl_mode: str = flag(
+        "cispo", "Main objective, the only one without the mix.", choices=RL_MODES
+    )
+    sigma_rl_lr: float = flag(
+        1e-3, "Step size of RL, whose optimizer is its own (AdamW).", above=0.0, maximum=1.0
+    )
+    sigma_rl_clip_eps: float = flag(0.2, "Half-width of the ratio clip.", above=0.0, below=1.0)
+    sigma_rl_gspo_clip_eps: float = flag(
+        0.0, "Half-width of gspo's clip; 0 = --sigma-rl-clip-eps.", minimum=0.0, below=1.0
+    )
+    sigma_rl_dispo_clip: str = flag(
+        "0.2,0.4,0.2,0.2", "Down and up widths for correct, then for incorrect completions."
+    )
+    sigma_rl_entropy_weight: float = flag(0.001, "Entropy bonus.", minimum=0.0)
+    sigma_rl_kl_weight: float = flag(0.02, "KL penalty to the reference snapshot.", minimum=0.0)
+    sigma_rl_dispo_logit_temp: float = flag(
+        1.0, "Logit temperature of DISPO's log-probs.", above=0.0
+    )
+    no_sigma_rl_adv_norm: bool = flag(False, "Use r - mean instead of (r - mean)/std.")
+    sigma_rl_auto_mix_enabled: bool = flag(True, "Bandit over the four objectives.")
+    sigma_rl_auto_mix_floor: float = flag(
+        0.10, "Least weight of an objective.", minimum=0.0, maximum=0.25
+    )
+    sigma_rl_placebo: str = flag(
+        "none", "Placebo: permute the rewards inside a group, or draw them.", choices=PLACEBOS
+    )
+
+    def dispo_clip(self) -> tuple[float, float, float, float]:
+        """The four widths; ConfigError when they are not."""
+        try:
+            values = [float(item) for item in self.sigma_rl_dispo_clip.split(",")]
+        except ValueError:
+            values = []
+        if len(values) != 4 or not all(0.0 <= value <= 10.0 for value in values):
+            raise ConfigError(
+                "--sigma-rl-dispo-clip takes four widths from 0 to 10, such as 0.2,0.4,0.2,0.2, "
+                f"not {self.sigma_rl_dispo_clip!r}"
+            )
+        if max(values[0], values[2]) > 1.0:
+            raise ConfigError("--sigma-rl-dispo-clip: the first and third width must not exceed 1")
+        return (values[0], values[1], values[2], values[3])
+
+
+@dataclass(slots=True, kw_only=True)
+class VerifierConfig:
+    math_enabled: bool = flag(True, "Include math tasks.")
+    code_enabled: bool = flag(True, "Include code tasks.")
+    timeout_ms: int = flag(
+        2500, "Limit per verdict on a program, in milliseconds.", minimum=10, maximum=600_000
+    )
+    eval_every: int = flag(1, "RL ticks between measurements of task_val_pass.", minimum=1)
+    eval_tasks: int = flag(16, "Tasks per measurement of task_val_pass.", minimum=1, maximum=4096)
+    cascade_enabled: bool = flag(True, "Verify in stages with measured error rates.")
+    refine_top_fraction: float = flag(
+        0.5, "Share of the shortlist that is retried.", minimum=0.0, maximum=1.0
+    )
+    min_refine_candidates: int = flag(2, "Fewest candidates retried.", minimum=0, maximum=4096)
+
+
+@dataclass(slots=True, kw_only=True)
+class StartupConfig:
+    meta_ramp_steps: int = flag(
+        64, "Steps in which RL comes up to speed; 0 = at once.", minimum=0, maximum=10**6
+    )
+    ttrl_interval_multiplier: int = flag(
+        4, "Factor on --ttrl-interval at the start of the ramp.", minimum=1, maximum=1024
+    )
+    meta_real_data_buffer_steps: int = flag(
+        -1, "Batches of real data before RL, at the latest step 24; -1 = --ttrl-interval.",
+        minimum=-1, maximum=10**6,
+    )  # fmt: skip
