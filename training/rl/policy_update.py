@@ -100,17 +100,22 @@ class PolicyUpdate:
             "params": [param for _, param in named],
             "param_names": [name for name, _ in named],
         }
-        adamw = AdamW([group], lr=settings.lr, betas=BETAS, weight_decay=0.0)
-        adamw.watch_stacks(expert_parameters(model))
-        self._optimizer = OptimizerSet([adamw])
-        self._reference: Any = None
+        self._adamw = AdamW([group], lr=settings.lr, betas=BETAS, weight_decay=0.0)
+        self._adamw.watch_stacks(expert_parameters(model))
+        self._optimizer = OptimizerSet([self._adamw])
+        self.reference: Any = None
         if settings.kl_weight > 0.0:
-            self._reference = copy.deepcopy(model).requires_grad_(False)
+            self.reference = copy.deepcopy(model).requires_grad_(False)
+
+    @property
+    def optimizer(self) -> AdamW:
+        """What moves the weights, for a back end that makes its own gradients."""
+        return self._adamw
 
     def begin_tick(self) -> None:
         """Count a tick; every 64th takes the weights as the new reference."""
-        if self._reference is not None and self.num_ticks % REFERENCE_TICKS == 0:
-            self._reference.load_state_dict(self.model.state_dict())
+        if self.reference is not None and self.num_ticks % REFERENCE_TICKS == 0:
+            self.reference.load_state_dict(self.model.state_dict())
         self.num_ticks += 1
 
     @torch.enable_grad()
@@ -187,7 +192,7 @@ class PolicyUpdate:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments by parameter name, the reference, the ticks so far, and the rows that fit."""
-        reference = {} if self._reference is None else self._reference.state_dict()
+        reference = {} if self.reference is None else self.reference.state_dict()
         return {
             "optimizer": self._optimizer.state_dict(),
             "reference": dict(reference),
@@ -197,9 +202,9 @@ class PolicyUpdate:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._optimizer.load_state_dict(state["optimizer"])
-        if self._reference is not None:
+        if self.reference is not None:
             # A run that had no penalty before starts from the weights it has now.
-            self._reference.load_state_dict(state["reference"] or self.model.state_dict())
+            self.reference.load_state_dict(state["reference"] or self.model.state_dict())
         self.num_ticks, self.rows = state["num_ticks"], state["rows"]
 
 
@@ -283,7 +288,7 @@ class _Scored:
 
     def _reference_log_probs(self) -> Tensor:
         with torch.no_grad():
-            parts = [self._update.score(self._update._reference, p)[0] for p in self._parts]
+            parts = [self._update.score(self._update.reference, p)[0] for p in self._parts]
         return torch.cat([self._padded(part) for part in parts])
 
     def _padded(self, values: Tensor) -> Tensor:

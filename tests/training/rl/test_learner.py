@@ -80,21 +80,20 @@ def test_a_group_without_variance_leaves_no_trace_in_the_others_update():
 def test_rewards_alone_teach():
     """An ASCII sign at the beginning is rewarded; after 30 ticks most completions have one."""
     learner = small_learner(
-        verifier=AsciiFirst(), tasks=8, candidates={"group_size": 8}, update={"lr": 3e-3}
+        verifier=AsciiFirst(), tasks=8, candidates={"group_size": 8, "max_new_tokens": 2}
     )
     rates = [result.metrics["ttrl_raw_reward_mean"] for result in ticked(learner, 30)]
-    assert sum(rates[:5]) / 5 < 0.7 and sum(rates[-5:]) / 5 > 0.9
+    assert sum(rates[:3]) / 3 < 0.7 and sum(rates[-5:]) / 5 > 0.85
 
 
 def test_random_rewards_teach_nothing():
     learner = small_learner(
         verifier=AsciiFirst(),
         tasks=8,
-        candidates={"group_size": 8, "placebo": "random"},
-        update={"lr": 3e-3},
+        candidates={"group_size": 8, "max_new_tokens": 2, "placebo": "random"},
     )
     rates = [result.metrics["ttrl_raw_reward_mean"] for result in ticked(learner, 30)]
-    assert sum(rates[-5:]) / 5 < 0.75
+    assert sum(rates[-5:]) / 5 < 0.8
 
 
 class Inverted(OddBytes):
@@ -256,7 +255,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(monkeypatch):
 
 def test_the_reference_is_copied_every_64_ticks():
     learner = small_learner(update={"kl_weight": 0.1})
-    reference = learner.update._reference
+    reference = learner.update.reference
     start = [param.clone() for param in reference.parameters()]
     ticked(learner, 3)
     assert same(start, list(reference.parameters()))
