@@ -362,15 +362,19 @@ def mamba_step(
         turned = (angle + inputs.theta[:, 0]).remainder(2 * math.pi)
         b, c = turn_pairs(b, turned.unsqueeze(1)), turn_pairs(c, turned.unsqueeze(1))
     b, c, dt = b[:, 0], c[:, 0], inputs.dt[:, 0]
-    before = h
-    gamma = dt
+    decay = inputs.log_decay[:, 0].exp()  # (B, H)
+    ranked = inputs.expand_rank(x)  # (B, H, R, P)
+    keys, added = b, dt[..., None, None] * ranked
     if inputs.trap is not None:
         gamma = inputs.trap[:, 0] * dt
-        before = h + (dt - gamma)[..., None, None] * _outer(inputs, prev_b, prev_x)
-    new = before * inputs.log_decay[:, 0].exp()[..., None, None]
-    new = new + gamma[..., None, None] * _outer(inputs, b, x)
-    y = torch.einsum("brn,bhnp->bhrp", c, new)
-    y = y + inputs.skip[:, None, None] * inputs.expand_rank(x)
+        late = ((dt - gamma) * decay)[..., None, None] * inputs.expand_rank(prev_x)
+        # Both terms of the trapezoid in one product: the large state is passed over once.
+        keys = torch.cat((prev_b, b), dim=1)
+        added = torch.cat((late, gamma[..., None, None] * ranked), dim=2)
+    outer = torch.bmm(keys.mT, added.transpose(1, 2).flatten(2))  # (B, N, H P)
+    new = torch.addcmul(outer.unflatten(2, x.shape[1:]).transpose(1, 2), h, decay[..., None, None])
+    y = torch.bmm(c, new.transpose(1, 2).flatten(2)).unflatten(2, x.shape[1:])  # (B, R, H, P)
+    y = y.transpose(1, 2) + inputs.skip[:, None, None] * ranked
     if valid_mask is not None:
         valid = valid_mask[:, 0]
         new = torch.where(valid.view(-1, 1, 1, 1), new, h)
