@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.training.rl.learning import CopyTask, Learner
-from tests.training.rl.small_model import small_model
+from scripts.rl_copy_task import CopyLearner, CopyTask, copy_model
 from training.rl.objectives import MODES, ClipSettings, group_advantages, policy_loss
 
 ARMS = 10
@@ -72,18 +71,17 @@ def test_each_objective_solves_a_bandit(mode):
         assert bandit.expected_reward() > GOAL
 
 
-def copying(mode: str, *, seed: int = 0, placebo: bool = False, **changes) -> Learner:
+def copying(*, seed: int = 0, placebo: bool = False, **changes) -> CopyLearner:
     task = CopyTask(num_symbols=5, length=2)
-    shape = {"n_layers": 2, "mamba_ratio": 1, "n_routed_experts": 0, "engram_enabled": False}
-    model = small_model(spread=1.0, seed=seed, vocab_size=task.vocab_size, **(shape | changes))
-    return Learner(model, task, mode, lr=1e-3, seed=seed, placebo=placebo)
+    model = copy_model(task, seed=seed, **changes)
+    return CopyLearner(model, task, lr=1e-3, seed=seed, placebo=placebo)
 
 
-def learned(learner: Learner, *, ticks: int) -> float:
+def learned(learner: CopyLearner, mode: str, *, ticks: int) -> float:
     """Greedy accuracy, at the latest after `ticks`; it is looked at every ten."""
     accuracy = 0.0
     for tick in range(1, ticks + 1):
-        learner.tick()
+        learner.tick({mode: 1.0}, main=mode)
         if tick % 10 == 0:
             accuracy = learner.accuracy()
             if accuracy > GOAL:
@@ -94,11 +92,11 @@ def learned(learner: Learner, *, ticks: int) -> float:
 @pytest.mark.parametrize("mode", MODES)
 def test_each_objective_teaches_a_model_to_copy(mode):
     """Mamba and latent attention from fresh weights; saying one symbol gives 0.2."""
-    assert learned(copying(mode), ticks=150) > GOAL
+    assert learned(copying(), mode, ticks=150) > GOAL
 
 
 def test_rewards_of_other_completions_teach_nothing():
-    assert learned(copying("grpo", placebo=True), ticks=60) < 0.35
+    assert learned(copying(placebo=True), "grpo", ticks=60) < 0.35
 
 
 @pytest.mark.soak
@@ -109,7 +107,10 @@ def test_a_ternary_model_with_experts_learns_to_copy_too(mode, seed):
     changes = {
         "n_layers": 3,
         "n_routed_experts": 4,
+        "mamba_ratio": 2,
         "engram_enabled": True,
+        "engram_buckets": 61,
+        "engram_dim": 8,
         "quant_mode": "bitnet_1_58",
     }
-    assert learned(copying(mode, seed=seed, **changes), ticks=400) > GOAL
+    assert learned(copying(seed=seed, **changes), mode, ticks=400) > GOAL
