@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 
 from model.config import SigmaModelConfig
 from model.cross_entropy import IGNORED
@@ -97,6 +97,62 @@ class SigmaCache:
         self.state = None
 
 
+class SigmaBackbone(SigmaTrunk):
+    """The trunk with a forward of its own: newer trainers ask it for hidden values and form
+    log-probabilities from these and the head's weight, without ever holding all logits."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SigmaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Arguments as in SigmaForCausalLM.forward; last_hidden_state (B, T, D) after the norm."""
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = SigmaCache()
+        hidden, _ = self.run_cached(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+        )
+        values: dict[str, Any] = dict(
+            last_hidden_state=hidden, past_key_values=cache if use_cache else None
+        )
+        return BaseModelOutputWithPast(**values)
+
+    def run_cached(
+        self,
+        input_ids: Tensor | None,
+        *,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: SigmaCache | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden values and aux losses; the cache, if there is one, is moved on."""
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        if source is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        hidden, aux, state = self.run(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            state=None if cache is None else cache.state,
+            use_cache=cache is not None,
+            valid_mask=_valid_tokens(attention_mask, source.shape[1]),
+            reset_mask=None if cache and cache.state else _document_starts(position_ids),
+        )
+        if cache is not None:
+            cache.state = state
+        return hidden, aux
+
+
 class SigmaForCausalLM(PreTrainedModel, GenerationMixin):
     """Trunk `model` and head `lm_head`, tied by default."""
 
@@ -112,11 +168,13 @@ class SigmaForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SigmaHFConfig) -> None:
         super().__init__(config)
         model_config = config.to_model_config()
-        self.model = SigmaTrunk(model_config)
+        self.model = SigmaBackbone(model_config)
         self.lm_head = nn.Linear(model_config.d_model, model_config.vocab_size, bias=False)
         if self.lm_head.weight.device.type != "meta":
             # The seed comes from torch's global stream, as for every transformers model.
             initialize(self, model_config, seed=int(torch.randint(2**31, (1,))))
+        # From 5 on transformers makes none, and trl 0.24 writes into it.
+        self.warnings_issued: dict[str, bool] = getattr(self, "warnings_issued", {})
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -206,19 +264,18 @@ class SigmaForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if output_attentions or output_hidden_states:
             raise ValueError("a Sigma model returns neither attentions nor hidden states")
-        source = input_ids if inputs_embeds is None else inputs_embeds
-        if source is None:
-            raise ValueError("give input_ids or inputs_embeds")
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
         cache = past_key_values
         if use_cache and cache is None:
             cache = SigmaCache()
-        masks = {
-            "valid_mask": _valid_tokens(attention_mask, source.shape[1]),
-            "reset_mask": None if cache and cache.state else _document_starts(position_ids),
-        }
-        hidden, aux = self._run_trunk(input_ids, inputs_embeds, cache, masks)
+        hidden, aux = self.model.run_cached(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden if labels is not None else hidden[:, kept]).float()
         aux_loss = torch.stack(list(aux.values())).sum() if aux else None
@@ -235,25 +292,6 @@ class SigmaForCausalLM(PreTrainedModel, GenerationMixin):
         )
         output = MoeCausalLMOutputWithPast(**values)
         return output.to_tuple() if return_dict is False else output
-
-    def _run_trunk(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        cache: SigmaCache | None,
-        masks: dict[str, Tensor | None],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden values and aux losses; the cache, if there is one, is moved on."""
-        hidden, aux, state = self.model.run(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            state=None if cache is None else cache.state,
-            use_cache=cache is not None,
-            **masks,
-        )
-        if cache is not None:
-            cache.state = state
-        return hidden, aux
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

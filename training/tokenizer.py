@@ -142,6 +142,10 @@ class Tokenizer:
         """Readable text: what is not UTF-8 is shown as the replacement character."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def to_json(self) -> str:
+        """What a tokenizer.json of these tokens holds."""
+        return self._fast.to_str()
+
     def _read_token_bytes(self) -> list[bytes]:
         values = {character: byte for byte, character in _byte_characters().items()}
         special = {
