@@ -1,8 +1,8 @@
 """Completions as a half-trained model might write them, with their log-probabilities.
 
 Each is the task's solution through a noisy channel: characters are replaced, dropped, doubled or
-exchanged; some are foreign text. The log-probability knows a little of the noise. The labels are
-never taken from the channel (a mutated solution may still be right) but from the strict verifier.
+exchanged; some are foreign text. The log-probability knows a little of the noise. Labels are never
+taken from the channel, since a changed solution may still be right, but from the strict verifier.
 """
 
 from __future__ import annotations
