@@ -62,6 +62,10 @@ def dispatch(config: SigmaConfig) -> int:
 
     prepare_caches(cache_directory(config))
     match config.run.mode:
+        case "train" if config.fractal.arch_search:
+            from training.modes import arch_search
+
+            return arch_search.run(config)
         case "train":
             return train(config)
         case "plan":

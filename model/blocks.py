@@ -47,6 +47,7 @@ class Block(nn.Module):
     def __init__(self, config: SigmaModelConfig, *, layer: int, seed: int = 0) -> None:
         super().__init__()
         self.kind = config.layer_kinds()[layer]
+        config = config.at_layer(layer)
         self.dropout = config.dropout
         self.two_stream = config.residual_layout == "two-stream"
         self.engram: Engram | None = None

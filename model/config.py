@@ -6,13 +6,28 @@ search can describe a network without the training program.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 QUANT_MODES = ("bitnet_1_58", "none")
 RESIDUAL_LAYOUTS = ("standard", "two-stream")
 DISPATCH_MODES = ("legacy", "packed", "grouped")
 GATE_PRECISIONS = ("bf16", "int8")
+LAYER_KINDS = ("mamba", "attention")
+UNFLAGGED = ("head_dim", "layers")
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class LayerShape:
+    """What one block may have of its own; names as in SigmaModelConfig, `kind` is its mixer."""
+
+    kind: str
+    n_heads: int
+    mamba_expand: int
+    mimo_rank: int
+    d_ff: int
+    n_routed_experts: int
+    moe_top_k: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,6 +36,8 @@ class SigmaModelConfig:
 
     Field names equal the command-line flags. `n_routed_experts = 0` replaces the mixture by one
     dense SwiGLU of width `d_ff`; `mamba_ratio = 0` or `attention_ratio = 0` removes that mixer.
+    `layers`, if given, says block by block what the ratios and single numbers say for all; it has
+    no flag and comes from the architecture search. `head_dim = 0` is d_model / n_heads.
     """
 
     vocab_size: int = 32768
@@ -78,9 +95,12 @@ class SigmaModelConfig:
     engram_dim: int = 112
     engram_layers: tuple[int, ...] = (1,)
 
+    head_dim: int = 0
+    layers: tuple[LayerShape, ...] = ()
+
     @property
     def d_head(self) -> int:
-        return self.d_model // self.n_heads
+        return self.head_dim or self.d_model // self.n_heads
 
     @property
     def d_inner(self) -> int:
@@ -98,8 +118,19 @@ class SigmaModelConfig:
 
     def layer_kinds(self) -> list[str]:
         """Mixer of each block, "mamba" or "attention": the ratio's pattern repeated over depth."""
+        if self.layers:
+            return [layer.kind for layer in self.layers]
         period = ["mamba"] * self.mamba_ratio + ["attention"] * self.attention_ratio
         return [period[i % len(period)] for i in range(self.n_layers)]
+
+    def at_layer(self, layer: int) -> SigmaModelConfig:
+        """The settings of one block: these, with what `layers` says of it in place."""
+        if not self.layers:
+            return self
+        own = asdict(self.layers[layer])
+        kind = own.pop("kind")
+        ratios = {"mamba_ratio": kind == "mamba", "attention_ratio": kind == "attention"}
+        return replace(self, layers=(), head_dim=self.d_head, **own, **ratios)
 
     def validate(self) -> SigmaModelConfig:
         """Check every rule between fields; ValueError names the flag and the mend."""
@@ -118,10 +149,23 @@ class SigmaModelConfig:
         self._validate_mamba()
         self._validate_experts()
         self._validate_engram()
+        self._validate_layers()
         return self
 
+    def _validate_layers(self) -> None:
+        if not self.layers:
+            return
+        _require(
+            len(self.layers) == self.n_layers, "n_layers", "must be the number of `layers` given"
+        )
+        for layer, shape in enumerate(self.layers):
+            if shape.kind not in LAYER_KINDS:
+                raise ValueError(f"layers: kind {shape.kind!r}; choose {' or '.join(LAYER_KINDS)}")
+            self.at_layer(layer).validate()
+
     def _validate_attention(self) -> None:
-        _require(self.d_model % self.n_heads == 0, "n_heads", "must divide --d-model")
+        given = self.head_dim > 0
+        _require(given or self.d_model % self.n_heads == 0, "n_heads", "must divide --d-model")
         _require(self.rope_dim > 0 and self.rope_dim % 2 == 0, "rope_dim", "must be even, > 0")
         _require(
             self.diff_attention_lambda_min
@@ -185,11 +229,13 @@ class SigmaModelConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values; tuples become lists."""
-        return {
+        """JSON-able values; tuples become lists. What no flag sets is there only where it is used:
+        checkpoints without it keep their dictionary."""
+        values = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
         }
+        return {key: value for key, value in values.items() if key not in UNFLAGGED or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SigmaModelConfig:
@@ -202,6 +248,7 @@ class SigmaModelConfig:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
         }
+        given["layers"] = tuple(LayerShape(**layer) for layer in given.get("layers", ()))
         return cls(**given).validate()
 
 

@@ -65,7 +65,11 @@ class SigmaHFConfig(PretrainedConfig):
     def to_model_config(self) -> SigmaModelConfig:
         """The settings this config carries; ValueError if they contradict each other."""
         return SigmaModelConfig.from_dict(
-            {f.name: getattr(self, f.name) for f in fields(SigmaModelConfig)}
+            {
+                f.name: getattr(self, f.name)
+                for f in fields(SigmaModelConfig)
+                if hasattr(self, f.name)
+            }
         )
 
 

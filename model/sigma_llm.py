@@ -251,10 +251,10 @@ class SigmaLLM(SigmaTrunk):
         total = sum(p.numel() for p in self.parameters())
         idle = 0
         for module in self.modules():
-            if isinstance(module, Experts):
-                experts = module.gate_up.numel() + module.down.numel()
-                unused = self.config.n_routed_experts - self.config.moe_top_k
-                idle += experts // self.config.n_routed_experts * unused
+            if isinstance(module, MoE):
+                weights = module.experts.gate_up.numel() + module.experts.down.numel()
+                number = module.config.n_routed_experts
+                idle += weights // number * (number - module.config.moe_top_k)
             elif isinstance(module, Engram):
                 idle += module.num_idle_parameters
         embedding = self.embed.weight.numel()

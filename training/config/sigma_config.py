@@ -14,6 +14,7 @@ from model.config import SigmaModelConfig
 from training.config.c3o_sections import C3OConfig, ProbeConfig
 from training.config.data_sections import AdaptiveConfig, StreamConfig
 from training.config.fields import ConfigError, iter_flags, section
+from training.config.fractal_sections import FractalConfig
 from training.config.rl_sections import SigmaRLConfig, StartupConfig, TtrlConfig, VerifierConfig
 from training.config.sections import (
     CurriculumConfig,
@@ -62,6 +63,7 @@ class SigmaConfig:
     curriculum: CurriculumConfig = section(
         CurriculumConfig, title="Sequence-length curriculum", prefix="curriculum"
     )
+    fractal: FractalConfig = section(FractalConfig, title="Fractal NAS", prefix="fractal")
     integrity: IntegrityConfig = section(IntegrityConfig, title="Integrity and audit")
     adaptive: AdaptiveConfig = section(
         AdaptiveConfig, title="Adaptive mixture of sources", prefix="aux"
@@ -86,6 +88,7 @@ class SigmaConfig:
         self._validate_curriculum()
         self._validate_adaptive()
         self._validate_perf()
+        self._validate_search()
         try:
             self.model_config(vocab_size=SigmaModelConfig().vocab_size).validate()
         except ValueError as error:
@@ -218,4 +221,19 @@ class SigmaConfig:
             raise ConfigError(
                 f"--perf-warmup-steps + --perf-measure-steps = {needed} must not exceed --steps "
                 f"{steps}"
+            )
+
+    def _validate_search(self) -> None:
+        if not self.fractal.arch_search:
+            return
+        self._validate_probe("--fractal-arch-search")
+        if self.optim.optimizer == "c3o":
+            raise ConfigError(
+                "--fractal-arch-search cannot carry the credit of --optimizer c3o from network to "
+                "network: use --optimizer muon"
+            )
+        if self.precision.torch_compile:
+            raise ConfigError(
+                "--fractal-arch-search builds a network per trial, too many to compile: add "
+                "--no-torch-compile"
             )

@@ -83,7 +83,10 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
         config.generate.eval_file = ""  # the two exclude each other
     if config.c3o.credit_enabled:
         config.optim.optimizer = "c3o"
-    if config.c3o.credit_enabled or config.probe.held_out:
+    if config.fractal.arch_search:
+        config.c3o.credit_enabled = config.precision.torch_compile = False
+        config.optim.optimizer = "muon"
+    if config.c3o.credit_enabled or config.probe.held_out or config.fractal.arch_search:
         config.stream.data_backend = "embedded"
     if config.ttrl.interval:
         config.verifier.math_enabled = True

@@ -1,0 +1,169 @@
+"""Real networks of a search: trials that repeat, growth that keeps the loss, state that returns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from evolution.genome import Genome, Letter, Mutation
+from model.sigma_llm import SigmaLLM
+from tests.training.small_corpus import TOKENIZER, SmallCorpus
+from training.arch_nursery import ModelNursery, NurserySettings, packed_bytes
+from training.config.cli import parse_args
+from training.config.sections import OptimConfig
+from training.data import TokenStream, tokenize_corpus
+from training.modes import arch_search
+from training.probe import Probe, hold_out, probe_batches
+from training.runtime.state_tree import join_state, split_state
+
+CPU = torch.device("cpu")
+GENOME = Genome(scales=(Letter(kind="mamba"),))
+TINY = (
+    "--fractal-arch-search --no-require-cuda --device cpu --no-torch-compile --instant-mode off "
+    "--tokenizer-name assets-4k --d-model 16 --n-heads 1 --mamba-ratio 1 --attention-ratio 1 "
+    "--d-ff 24 --n-routed-experts 2 --moe-top-k 2 --rope-dim 4 --kv-latent-dim 8 "
+    "--mamba-d-state 4 --mamba-head-dim 16 --mamba-chunk-len 8 --mimo-rank 1 --seq-len 16 "
+    "--batch-size 2 --optimizer muon --lr 0.02 --adam-lr 0.02 --warmup-steps 2 "
+    "--probe-batch-size 2 --probe-batches 1 --ema-enabled --ema-decay 0.5 --steps 40"
+).split()
+CORPUS = tokenize_corpus(SmallCorpus(num_documents=120), TOKENIZER)
+
+
+def make_nursery(**changes) -> ModelNursery:
+    config = parse_args([*TINY, *(f"--{name}={value}" for name, value in changes.items())])
+    rest, held_out = hold_out(CORPUS, num_tokens=64)
+    batches = probe_batches(held_out, CORPUS, batch_size=2, num_batches=2, seq_len=16)
+    settings = NurserySettings(
+        base=config.model_config(TOKENIZER.vocab_size),
+        optim=OptimConfig(optimizer=config.optim.optimizer, lr=0.02, adam_lr=0.02, warmup_steps=2),
+        seed=1,
+        seq_len=16,
+        batch_size=2,
+        grad_accum_steps=1,
+        average_decay=0.5,
+    )
+    stream = TokenStream(rest, seed=1, batch_size=2, seq_len=16)
+    return ModelNursery(settings, stream=stream, probe=Probe(batches, device=CPU), device=CPU)
+
+
+def steps_of(nursery: ModelNursery, count: int, genome: Genome = GENOME) -> float:
+    return 3.0 * nursery.cost(genome).flops * 2 * 16 * count
+
+
+def test_a_share_is_turned_into_whole_steps_and_training_lowers_the_loss():
+    nursery = make_nursery()
+    nursery.found(0, GENOME)
+    first, spent = nursery.train(0, flops=1.0)
+    assert spent == steps_of(nursery, 1)
+    last, spent = nursery.train(0, flops=steps_of(nursery, 12.4))
+    assert spent == steps_of(nursery, 12) and last < first
+
+
+@pytest.mark.parametrize("what", ["width", "heads", "rank", "experts", "scale", "none"])
+def test_a_child_begins_with_its_parents_loss_and_average(what):
+    nursery = make_nursery()
+    nursery.found(0, GENOME)
+    loss, _ = nursery.train(0, flops=steps_of(nursery, 6))
+    mutation = Mutation(what=what, scale=1 if what == "scale" else 0, kind="attention")
+    nursery.grow(1, 0, GENOME, mutation)
+    assert nursery._judge(nursery._load(nursery._specimens[1])) == pytest.approx(loss, abs=1e-4)
+    assert nursery.average_loss(1) == pytest.approx(nursery.average_loss(0), abs=1e-4)
+    genome = GENOME.mutated(mutation)
+    after, _ = nursery.train(1, flops=steps_of(nursery, 4, genome))
+    assert after < loss
+    assert nursery.train(0, flops=0.0)[0] != loss  # the parent goes on by itself
+
+
+def test_an_unchanged_child_trains_as_its_parent_would_have():
+    nursery = make_nursery()
+    nursery.found(0, GENOME)
+    nursery.train(0, flops=steps_of(nursery, 3))
+    nursery.grow(1, 0, GENOME, Mutation(what="none"))
+    losses = {nursery.train(number, flops=steps_of(nursery, 5))[0] for number in (0, 1)}
+    assert len(losses) == 1
+
+
+def test_trials_go_on_from_a_saved_state_to_the_bit():
+    nursery, later = make_nursery(), make_nursery()
+    nursery.found(0, GENOME)
+    nursery.train(0, flops=steps_of(nursery, 3))
+    tensors, plain = split_state(nursery.state_dict())
+    later.load_state_dict(join_state(tensors, json.loads(json.dumps(plain))))
+    losses = [each.train(0, flops=steps_of(each, 4))[0] for each in (nursery, later)]
+    assert losses[0] == losses[1]
+    nursery.forget(0)
+    with pytest.raises(KeyError):
+        nursery.weights(0)
+
+
+def test_packed_bytes_are_those_of_the_weights():
+    nursery = make_nursery()
+    model = SigmaLLM(GENOME.network(nursery.base))
+    ternary = model.ternary_weights()
+    names = {name if name in model.state_dict() else f"{name}.weight" for name in ternary}
+    rest = sum(p.numel() for name, p in model.named_parameters() if name not in names)
+    rows = sum(w.numel() // w.shape[-1] for w, _ in ternary.values())
+    codes = sum(-(-w.numel() // 5) for w, _ in ternary.values())
+    assert packed_bytes(model) == codes + 2 * rows + 2 * rest
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--optimizer=c3o", "cannot carry the credit"),
+        ("--torch-compile", "--no-torch-compile"),
+        ("--data-backend=local", "--fractal-arch-search needs probe text"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(argument, message):
+    with pytest.raises(ValueError, match=message):
+        parse_args([*TINY, argument])
+
+
+class Stopped(Exception):
+    """The machine goes away."""
+
+
+def search_in(directory, monkeypatch, *, stop_after: int | None = None) -> dict:
+    """One life of the command; its report if it came to the end."""
+    monkeypatch.setattr(arch_search, "build_corpus", lambda config, tokenizer: CORPUS)
+    monkeypatch.setattr(arch_search, "build_tokenizer", lambda config: TOKENIZER)
+    trials = 0
+    advance = arch_search.advance
+
+    def counted(*args, **kwargs):
+        nonlocal trials
+        if trials == stop_after:
+            raise Stopped
+        trials += 1
+        advance(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arch_search, "advance", counted)
+        places = [f"--output-dir={directory / 'out'}", f"--checkpoint-dir={directory / 'kept'}"]
+        assert arch_search.run(parse_args([*TINY, *places])) == 0
+    folder = directory / "out" / arch_search.FOLDER
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_command_searches_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    whole = search_in(tmp_path / "whole", monkeypatch)
+    for stop_after in (11, 37):
+        with pytest.raises(Stopped):
+            search_in(tmp_path / "parts", monkeypatch, stop_after=stop_after)
+    parts = search_in(tmp_path / "parts", monkeypatch)
+    assert parts.pop("latency_us").keys() == whole.pop("latency_us").keys()
+    assert parts == whole
+    assert whole["generations"][-1]["fractal_arch_generation"] == 6
+    assert whole["generations"][-1]["fractal_arch_pareto_size"] == len(whole["pareto_front"])
+    assert "best of" in capsys.readouterr().out
+    best = tmp_path / "whole" / "out" / arch_search.FOLDER / "best"
+    weights = (best / "model.safetensors").read_bytes()
+    assert (
+        weights
+        == (
+            tmp_path / "parts" / "out" / arch_search.FOLDER / "best" / "model.safetensors"
+        ).read_bytes()
+    )
