@@ -20,6 +20,7 @@ from model.sigma_llm import SigmaLLM
 from training.build_data import build_corpus, build_stream, build_tokenizer
 from training.build_guards import build_guards
 from training.build_rl import build_rl
+from training.build_trials import build_trials
 from training.config.cli import load_json, write_resolved
 from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import TokenCorpus, validation_batches
@@ -81,7 +82,8 @@ def build_probe(
     config: SigmaConfig, corpus: TokenCorpus, device: torch.device
 ) -> tuple[TokenCorpus, Probe | None]:
     """What is left of the corpus to train on, and the probe, where something decides by one."""
-    if not config.c3o.credit_enabled and not config.probe.held_out:
+    asked = config.c3o.credit_enabled or config.uroboros.enabled or config.probe.held_out
+    if not asked:
         return corpus, None
     own, seq_len = config.probe, config.data.seq_len
     rest, held_out = hold_out(corpus, num_tokens=own.batch_size * own.batches * seq_len)
@@ -251,6 +253,7 @@ def build_trainer(
         config_hash=config_hash(config),
         probe=probe,
         rl=build_rl(config, model, tokenizer, stream=stream, clock=clock, features=feature_set),
+        trials=build_trials(config, probe, say=display.message),
     )
     return SigmaTrainer(
         config,

@@ -37,6 +37,7 @@ class StepContext:
     mixture: the draws between the stream's sources; None when it has but one text.
     probe: text of the training split that is never trained on; None when nothing asks for it.
     rl: the learner from rewards; None when there is none.
+    trials: of overlays over the configuration (training/overlay_trials.py); None without them.
     rng: generator of the feature that is being called, derived from the seed and its name.
     """
 
@@ -47,6 +48,7 @@ class StepContext:
     mixture: Mixture | None = None
     probe: Probe | None = None
     rl: RLService | None = None
+    trials: Any = None
     rng: torch.Generator | None = None
     micro: int = 0
     batch: Batch | None = None

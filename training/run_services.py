@@ -12,6 +12,7 @@ from torch import nn
 
 from training.audit import RunAudit
 from training.micro_batch import MicroBatchPlan
+from training.overlay_trials import OverlayTrials
 from training.probe import Probe
 from training.rl_service import RLService
 from training.runtime.checkpoint import CheckpointStore
@@ -34,6 +35,7 @@ class RunServices:
     now; None without memory. on_open: called once the run directory is locked (the resolved
     settings). report: refreshed after saves. forward_model: the model, or its compiled form.
     probe: held-out training text, where a feature decides by it. rl: learner from rewards, if any.
+    trials: of overlays, between steps.
     """
 
     clock: PhaseClock
@@ -55,3 +57,4 @@ class RunServices:
     config_hash: str
     probe: Probe | None = None
     rl: RLService | None = None
+    trials: OverlayTrials | None = None

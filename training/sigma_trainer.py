@@ -73,6 +73,9 @@ class SigmaTrainer:
             try:
                 self._open()
                 while self.step < run.steps and not stop.requested:
+                    trials = self.services.trials
+                    if trials and not trials.between_steps(self, lambda: stop.requested):
+                        continue
                     ctx = self.attempt_step()
                     if ctx is not None:
                         self._after_step(ctx, save_now=stop.take_save_request())
@@ -140,6 +143,7 @@ class SigmaTrainer:
         ctx = StepContext(step=step, total_steps=total, model=self.model, optimizer=self.optimizer)
         ctx.mixture, ctx.probe = self.stream.mixture, self.services.probe
         ctx.rl = self.services.rl
+        ctx.trials = self.services.trials
         ctx.log("lr", optim.lr * factor)
         return ctx
 

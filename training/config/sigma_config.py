@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from model.config import SigmaModelConfig
 from training.config.c3o_sections import C3OConfig, ProbeConfig
 from training.config.data_sections import AdaptiveConfig, StreamConfig
+from training.config.evolution_sections import PromotionConfig, UroborosConfig
 from training.config.fields import ConfigError, iter_flags, section
 from training.config.fractal_sections import FractalConfig
 from training.config.rl_sections import SigmaRLConfig, StartupConfig, TtrlConfig, VerifierConfig
@@ -68,6 +69,10 @@ class SigmaConfig:
     adaptive: AdaptiveConfig = section(
         AdaptiveConfig, title="Adaptive mixture of sources", prefix="aux"
     )
+    uroboros: UroborosConfig = section(
+        UroborosConfig, title="Trials of overlays (Uroboros)", prefix="uroboros"
+    )
+    promotion: PromotionConfig = section(PromotionConfig, title="Promotion and journal")
     generate: GenerateConfig = section(GenerateConfig, title="Evaluating and generating")
 
     def model_config(self, vocab_size: int) -> SigmaModelConfig:
@@ -119,6 +124,8 @@ class SigmaConfig:
     def _validate_credit(self) -> None:
         if self.probe.held_out:
             self._validate_probe("--probe-held-out")
+        if self.uroboros.enabled:
+            self._validate_probe("--uroboros-enabled")
         if not self.c3o.credit_enabled:
             return
         if self.optim.optimizer != "c3o":

@@ -10,6 +10,7 @@ from training.features.instant import InstantFeature
 from training.features.reweighting import AdaptiveSourcesFeature
 from training.features.rl_auto_mix import RlAutoMixFeature
 from training.features.sigma_rl import SigmaRLFeature
+from training.features.uroboros import UroborosFeature
 from training.features.verifier import VerifierFeature
 from training.features.verifier_cascade import VerifierCascadeFeature
 
@@ -25,4 +26,5 @@ FEATURES: tuple[type[Feature], ...] = (
     CurriculumFeature,
     DiffMlaFeature,
     EmaFeature,  # averages the weights as the step leaves them
+    UroborosFeature,
 )

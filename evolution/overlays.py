@@ -1,0 +1,118 @@
+"""Typed changes of a training under way: what may be changed, and between which bounds.
+
+An overlay lies over the configuration and replaces nothing in it; without one, a run is what its
+flags say. A field stands here only if the trainer follows it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class OverlayField:
+    """Bounds of one number; `default` changes nothing. Distances are measured in its logarithm."""
+
+    default: float
+    minimum: float
+    maximum: float
+
+    def to_unit(self, value: float) -> float:
+        """Place between the bounds, in [0, 1]."""
+        low, high = math.log(self.minimum), math.log(self.maximum)
+        return (math.log(value) - low) / (high - low)
+
+    def from_unit(self, place: float) -> float:
+        low, high = math.log(self.minimum), math.log(self.maximum)
+        return min(self.maximum, max(self.minimum, math.exp(low + place * (high - low))))
+
+
+SCHEMA = {
+    # Times the scheduled rate, beside what other controllers make of it.
+    "lr_factor": OverlayField(default=1.0, minimum=0.25, maximum=4.0),
+}
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Overlay:
+    """A value for every field of SCHEMA. ValueError outside the bounds."""
+
+    lr_factor: float = SCHEMA["lr_factor"].default
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            bounds = SCHEMA[name]
+            if not bounds.minimum <= value <= bounds.maximum:
+                raise ValueError(
+                    f"overlay {name} {value:g} is not in "
+                    f"[{bounds.minimum:g}, {bounds.maximum:g}]"
+                )
+
+    @property
+    def point(self) -> tuple[float, ...]:
+        """Coordinates in the unit cube, in the order of SCHEMA."""
+        return tuple(SCHEMA[name].to_unit(value) for name, value in asdict(self).items())
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Overlay:
+        """ValueError for a field that is unknown or out of bounds; missing ones are the default."""
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"overlay fields {sorted(unknown)} are unknown")
+        return cls(**{name: float(value) for name, value in values.items()})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.4g}" for name, value in asdict(self).items())
+
+
+NEUTRAL = Overlay()
+
+
+def draw_overlay(rng: random.Random) -> Overlay:
+    """Any overlay within the bounds, uniform in the logarithm of each field."""
+    return Overlay(**{name: field.from_unit(rng.random()) for name, field in SCHEMA.items()})
+
+
+def distance(first: Overlay, second: Overlay) -> float:
+    """Between two overlays in the unit cube."""
+    return math.dist(first.point, second.point)
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Proposal:
+    """A change that is to be tried before it is kept.
+
+    what: the kind of change. old, new: what holds now and what would. reason: one line. seed: of
+    whatever is random in the trial.
+    """
+
+    what: str
+    old: Overlay
+    new: Overlay
+    reason: str
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "old": self.old.to_dict(),
+            "new": self.new.to_dict(),
+            "reason": self.reason,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Proposal:
+        return cls(
+            what=values["what"],
+            old=Overlay.from_dict(values["old"]),
+            new=Overlay.from_dict(values["new"]),
+            reason=values["reason"],
+            seed=values["seed"],
+        )

@@ -1,0 +1,210 @@
+"""The research journal: what was expected, and by which number it would be judged, before the trial.
+
+`journal.jsonl` has one line per event, `registered` before a trial and `completed` after it; beside
+it stands one readable `RESEARCH_LOG_<utc>_cycleNNN.md` per trial. A resumed run says how many
+events it remembers. What was written behind them is kept under the name `orphan`, so that no trial
+is told twice and no result stands under a hypothesis that came later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+EVENTS_NAME = "journal.jsonl"
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Registration:
+    """What is written before a trial.
+
+    step: of the run. hypothesis, design: sentences. metric: the number that will decide.
+    threshold: what it must reach.
+    """
+
+    step: int
+    title: str
+    hypothesis: str
+    metric: str
+    threshold: str
+    design: str
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Outcome:
+    """What is written after it. interval: of the metric, None where there is none."""
+
+    step: int
+    result: str
+    interval: tuple[float, float] | None
+    decision: str
+
+
+class Journal:
+    """Writes `directory`; nothing is created before the first registration.
+
+    now: time of an event in UTC, for file names and readers; decides nothing.
+    """
+
+    def __init__(
+        self, directory: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self.directory = directory
+        self._now = now
+        self._events: list[dict[str, Any]] | None = None
+
+    @property
+    def position(self) -> int:
+        """Number of events; what a checkpoint stores."""
+        return 0 if self._events is None else len(self._events)
+
+    def resume(self, position: int) -> None:
+        """Go on behind the first `position` events; later ones become orphans."""
+        known = list(_read_events(self.directory))
+        kept, later = known[:position], known[position:]
+        if later:
+            _write(_free_name(self.directory, EVENTS_NAME), _lines(later))
+            for event in later:
+                if event["event"] == "registered":
+                    path = self.directory / event["file"]
+                    if path.is_file():
+                        os.replace(path, _free_name(self.directory, event["file"]))
+            _write(self.directory / EVENTS_NAME, _lines(kept))
+        self._events = kept
+        begun = {event["cycle"] for event in kept if event["event"] == "registered"}
+        for cycle in sorted(begun & {event["cycle"] for event in later}):
+            self._write_page(cycle)
+
+    def register(self, entry: Registration) -> int:
+        """Write a trial down before it begins; its cycle, counted from 1."""
+        if self._events is None:
+            self.resume(0)
+        assert self._events is not None
+        now = self._now()
+        cycle = 1 + sum(event["event"] == "registered" for event in self._events)
+        self._append(
+            {
+                "event": "registered",
+                "cycle": cycle,
+                "time_utc": now.isoformat(timespec="seconds"),
+                "file": f"RESEARCH_LOG_{now:%Y%m%dT%H%M%SZ}_cycle{cycle:03d}.md",
+                **asdict(entry),
+            }
+        )
+        return cycle
+
+    def complete(self, cycle: int, outcome: Outcome) -> None:
+        """Add what came out; ValueError for a cycle that is not open."""
+        kinds = [event["event"] for event in self._events or () if event["cycle"] == cycle]
+        if kinds != ["registered"]:
+            raise ValueError(f"cycle {cycle} of the research journal is not open")
+        now = self._now().isoformat(timespec="seconds")
+        values = asdict(outcome)
+        values["interval"] = None if outcome.interval is None else list(outcome.interval)
+        self._append({"event": "completed", "cycle": cycle, "time_utc": now, **values})
+
+    def _append(self, event: dict[str, Any]) -> None:
+        assert self._events is not None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / EVENTS_NAME).open("ab") as file:
+            file.write(_lines([event]))
+            file.flush()
+            os.fsync(file.fileno())
+        self._events.append(event)
+        self._write_page(event["cycle"])
+
+    def _write_page(self, cycle: int) -> None:
+        own = [event for event in self._events or () if event["cycle"] == cycle]
+        page = render_page(own[0], own[1] if len(own) > 1 else None)
+        _write(self.directory / own[0]["file"], page.encode())
+
+
+def render_page(registered: dict[str, Any], completed: dict[str, Any] | None) -> str:
+    """The page of one trial as Markdown."""
+    parts = [
+        f"# Cycle {registered['cycle']}: {registered['title']}",
+        f"Registered {registered['time_utc']}, at step {registered['step']}, before the trial.",
+        "## Hypothesis",
+        registered["hypothesis"],
+        "## Pre-registered metric and threshold",
+        f"{registered['metric']}\n\n{registered['threshold']}",
+        "## Design",
+        registered["design"],
+    ]
+    if completed is not None:
+        parts += [
+            "## Result",
+            f"{completed['result']}\n\n{describe_interval(completed['interval'])}",
+            "## Decision",
+            f"{completed['decision']} ({completed['time_utc']}, at step {completed['step']})",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_interval(bounds: list[float] | None) -> str:
+    """The interval in words."""
+    if bounds is None:
+        return "No interval: fewer than two replicates."
+    low, high = bounds
+    return (
+        f"95 % interval of the mean {low:.4g} to {high:.4g}, as if the number of replicates had "
+        "been fixed; the decision rests on the threshold above, which allows for stopping early."
+    )
+
+
+def read_trials(directory: Path) -> list[dict[str, Any]]:
+    """Registered trials in order, each with what completed it under `outcome` (or None).
+
+    Lines that are torn or not of this journal are passed over.
+    """
+    trials: dict[int, dict[str, Any]] = {}
+    for event in _read_events(directory):
+        if event["event"] == "registered":
+            trials[event["cycle"]] = {**event, "outcome": None}
+        elif event["cycle"] in trials:
+            trials[event["cycle"]]["outcome"] = event
+    return [trials[cycle] for cycle in sorted(trials)]
+
+
+def _read_events(directory: Path) -> Iterator[dict[str, Any]]:
+    path = directory / EVENTS_NAME
+    if not path.is_file():
+        return
+    needed = {
+        "registered": {"cycle", "file", "time_utc", "step", "title", "hypothesis", "metric"},
+        "completed": {"cycle", "time_utc", "step", "result", "interval", "decision"},
+    }
+    for line in path.read_bytes().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:  # a torn last line
+            continue
+        if isinstance(event, dict) and needed.get(event.get("event", ""), {""}) <= event.keys():
+            yield event
+
+
+def _lines(events: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(event).encode() + b"\n" for event in events)
+
+
+def _free_name(directory: Path, name: str) -> Path:
+    """`<stem>.orphan-<n><suffix>` with the first n that is not taken."""
+    path, number = Path(name), 1
+    while (found := directory / f"{path.stem}.orphan-{number}{path.suffix}").exists():
+        number += 1
+    return found
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader sees the old or the new contents."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
