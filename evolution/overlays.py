@@ -47,8 +47,7 @@ class Overlay:
             bounds = SCHEMA[name]
             if not bounds.minimum <= value <= bounds.maximum:
                 raise ValueError(
-                    f"overlay {name} {value:g} is not in "
-                    f"[{bounds.minimum:g}, {bounds.maximum:g}]"
+                    f"overlay {name} {value:g} is not in [{bounds.minimum:g}, {bounds.maximum:g}]"
                 )
 
     @property

@@ -1,4 +1,4 @@
-"""The research journal: what was expected, and by which number it would be judged, before the trial.
+"""The research journal: what is expected, and which number will judge it, before the trial.
 
 `journal.jsonl` has one line per event, `registered` before a trial and `completed` after it; beside
 it stands one readable `RESEARCH_LOG_<utc>_cycleNNN.md` per trial. A resumed run says how many

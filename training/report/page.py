@@ -154,6 +154,20 @@ TEMPLATE = """<!doctype html>
 {%- endfor %}
 </table></div>
 {%- endif %}
+{%- if trials %}
+<h2>Research journal</h2>
+<section class="samples">
+{%- for trial in trials %}
+<div class="sample"><div class="step">cycle {{ trial.cycle }}, step {{ trial.step }}</div>
+<div><p>{{ trial.hypothesis }}</p>
+<p class="small soft">Written before: {{ trial.metric }} {{ trial.threshold }}</p>
+{%- if trial.result %}
+<p class="small soft">Came out: {{ trial.result }}</p>
+{%- endif %}
+<p><b>{{ trial.decision }}</b></p></div></div>
+{%- endfor %}
+</section>
+{%- endif %}
 <h2>How to read this page</h2>
 <dl>
 <dt>Training step</dt><dd>The model reads a batch of text, predicts every next token, and all its

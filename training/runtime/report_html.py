@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
+from research.journal import describe_interval, read_trials
 from training.report.chart import Chart, Curve, Reference, line_chart, stacked_chart
 from training.report.page import STYLE, TEMPLATE
 from training.report.record import RunRecord, Sample, read_run
@@ -32,6 +34,7 @@ REPORT_NAME = "report.html"
 MAX_SAMPLES = 10
 MAX_SAMPLE_CHARACTERS = 700
 MAX_FEATURES = 40
+MAX_TRIALS = 40
 REFERENCE_PREFIX = "reference_bpb_"
 SECRET = re.compile(r"(hf|api|access|auth)_?(token|key)$|secret|password", re.IGNORECASE)
 PHASES = {
@@ -161,13 +164,14 @@ def write_report(output_dir: Path) -> Path:
     """
     record = read_run(output_dir, columns=COLUMNS)
     path = output_dir / REPORT_NAME
-    content = render(record, name=output_dir.resolve().name).encode()
+    journal = read_trials(output_dir / "research")
+    content = render(record, name=output_dir.resolve().name, journal=journal).encode()
     replace_file(FileOps(), path, content, durable=False)
     return path
 
 
-def render(record: RunRecord, *, name: str) -> str:
-    """The report's HTML."""
+def render(record: RunRecord, *, name: str, journal: Sequence[dict[str, Any]] = ()) -> str:
+    """The report's HTML; journal: trials as `research.journal.read_trials` gives them."""
     state, note = _state(record)
     # Every value is text from files and is escaped; only the style sheet and the charts are markup.
     template = Environment(autoescape=True).from_string(TEMPLATE)
@@ -180,6 +184,7 @@ def render(record: RunRecord, *, name: str) -> str:
         charts=_charts(record),
         samples=_samples(record.samples),
         features=_features(record.known),
+        trials=_trials(journal),
         facts=_facts(record),
         settings=_settings(record.config),
     )
@@ -321,6 +326,20 @@ def _features(known: dict[str, Any]) -> list[FeatureLine]:
             )
         )
     return sorted(lines, key=lambda line: (not line.enabled, line.name))[:MAX_FEATURES]
+
+
+def _trials(journal: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The newest trials of the research journal, newest first, as plain text."""
+    lines = []
+    for trial in list(reversed(journal))[:MAX_TRIALS]:
+        outcome = trial["outcome"]
+        told = {name: str(trial[name]) for name in ("cycle", "step", "hypothesis", "metric")}
+        told |= {"threshold": str(trial.get("threshold", "")), "result": "", "decision": "open"}
+        if outcome is not None:
+            told["result"] = f"{outcome['result']} {describe_interval(outcome['interval'])}"
+            told["decision"] = f"{outcome['decision']}, at step {outcome['step']}"
+        lines.append({name: printable(text) for name, text in told.items()})
+    return lines
 
 
 def _facts(record: RunRecord) -> list[Fact]:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from research.journal import Journal, Outcome, Registration
 from training.runtime.report_html import write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -256,3 +257,19 @@ def test_a_directory_without_metrics_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--output-dir"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_research_journal_is_told_with_what_was_written_before(tmp_path):
+    write_run(tmp_path, rows=3)
+    journal = Journal(tmp_path / "research")
+    entry = Registration(
+        step=10, title="t", hypothesis="A <b>faster</b> rate helps.", metric="Paired difference.",
+        threshold="E >= 33.", design="Two arms.",
+    )  # fmt: skip
+    cycle = journal.register(entry)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "A &lt;b&gt;faster&lt;/b&gt; rate helps." in page and "<b>open</b>" in page
+    outcome = Outcome(step=20, result="E = 40.", interval=(0.1, 0.2), decision="promoted: all")
+    journal.complete(cycle, outcome)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "promoted: all, at step 20" in page and "E &gt;= 33." in page and "0.1 to 0.2" in page
