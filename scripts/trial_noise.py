@@ -10,6 +10,7 @@ the learning rate restored from 0.3 of its good value, and rates far above and f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -26,9 +27,9 @@ from training.fork import ArmEnd, run_arm
 MODEL = """
 --no-require-cuda --device cpu --tokenizer-name assets-4k --d-model 48 --n-heads 2 --n-layers 2
 --mamba-ratio 0 --attention-ratio 1 --mamba-head-dim 16 --kv-latent-dim 24 --rope-dim 8 --d-ff 96
---n-routed-experts 0 --moe-top-k 1 --seq-len 64 --batch-size 8 --dropout 0.1 --instant-mode off --warmup-steps 10
---warmdown-fraction 0.3 --eval-interval 0 --sample-interval 0 --log-interval 1000
---save-interval 100000 --no-strict-feature-usage --integrity-hidden-eval-every 0
+--n-routed-experts 0 --moe-top-k 1 --seq-len 64 --batch-size 8 --dropout 0.1
+--instant-mode off --warmup-steps 10 --warmdown-fraction 0.3 --eval-interval 0 --sample-interval 0
+--log-interval 1000 --save-interval 100000 --no-strict-feature-usage --integrity-hidden-eval-every 0
 --no-integrity-guards-enabled --uroboros-enabled --uroboros-interval 100000
 --no-forward-research-loop-enabled --probe-batches 8 --probe-batch-size 8
 """.split()
@@ -91,6 +92,7 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, float]:
     finite = [r["difference"] for r in records if r["difference"] is not None]
     centred = [value - mean(finite) for value in finite]
     power = sum(value * value for value in centred)
+    neighbours = sum(one * two for one, two in itertools.pairwise(centred))
     return {
         "replicates": len(records),
         "diverged": len(records) - len(finite),
@@ -98,7 +100,7 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, float]:
         "effect_size": effect_size(finite),
         "relative_gain": mean(finite) / mean([abs(record["control"]) for record in records]),
         "share_positive": sum(value > 0.0 for value in finite) / len(records),
-        "lag_1_correlation": sum(a * b for a, b in zip(centred, centred[1:])) / max(power, 1e-12),
+        "lag_1_correlation": neighbours / max(power, 1e-12),
     }
 
 

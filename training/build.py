@@ -225,6 +225,7 @@ def build_trainer(
     model = build_model(config, tokenizer, device)
     output_dir = Path(config.run.output_dir)
     display = RunDisplay()
+    say = display.message
     recorder = build_recorder(config, display, device)
     guards = build_guards(config, device=device, message=recorder.display.message)
     store = build_store(config, tokenizer, corpus)
@@ -240,6 +241,7 @@ def build_trainer(
         plan=plan,
         memory=build_memory_guard(config, plan, stream, display, device),
         watchdog=build_watchdog(config, display),
+        watchdog=HangWatchdog(output_dir, timeout_s=config.run.hang_timeout_sec, say=say),
         recorder=recorder,
         audit=guards,
         scaler=build_scaler(config, device),
@@ -254,6 +256,7 @@ def build_trainer(
         probe=probe,
         rl=build_rl(config, model, tokenizer, stream=stream, clock=clock, features=feature_set),
         trials=build_trials(config, probe, say=display.message),
+        trials=build_trials(config, probe, say=say),
     )
     return SigmaTrainer(
         config,

@@ -1,4 +1,4 @@
-"""The search: what it proposes, and that it keeps what is good, leaves what is not, and errs rarely.
+"""The search: what it proposes, that it keeps what is good, leaves what is not, and errs rarely.
 
 Differences come from real arms of a small model (`bench/results/trial_noise.json`, written by
 scripts/trial_noise.py), drawn in runs of neighbours so that what follows each other stays together.
@@ -32,9 +32,7 @@ def measured(base, case):
     """Differences and controls of consecutive real replicates; a diverged arm is a heavy loss."""
     content = json.loads(NOISE.read_text(encoding="utf-8"))
     records = content[base][case]["records"]
-    return [
-        (-1.0 if r["difference"] is None else r["difference"], r["control"]) for r in records
-    ]
+    return [(-1.0 if r["difference"] is None else r["difference"], r["control"]) for r in records]
 
 
 def draws(records, rng, *, flip=False):

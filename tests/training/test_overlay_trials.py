@@ -1,4 +1,4 @@
-"""Trials in whole runs: nothing promoted is nothing changed, and what is undone is undone exactly."""
+"""Trials in whole runs: nothing promoted is nothing changed; what is undone is undone exactly."""
 
 import json
 import math
@@ -155,7 +155,8 @@ def test_a_roll_back_that_forgets_is_noticed(tmp_path, monkeypatch):
 
 def test_resumed_at_every_point_of_a_trial_a_commit_and_a_watch(ram_path, monkeypatch):
     promote_the_first(monkeypatch, then=Decision.ROLL_BACK)
-    flags = small_flags(ram_path, *UNTIMED)[4:]  # every_resume gives paths and steps
+    more = ("--engram-layers", "0", "--max-checkpoints", "100")
+    flags = (*small_flags(ram_path, *UNTIMED, *more)[4:],)  # every_resume gives paths and steps
     for step, found in every_resume(ram_path, flags, steps=21):
         assert found == [], step
 
@@ -288,6 +289,7 @@ def test_other_state_that_a_step_moves_is_put_back(tmp_path):
         "--optimizer", "c3o", "--c3o-credit-enabled", "--c3o-probe-interval", "2",
         "--c3o-credit-speed-weight", "0", "--ema-enabled", "--ema-start-fraction", "0.1",
         "--n-routed-experts", "4", "--moe-top-k", "2", "--router-jitter-noise", "0.05",
+        "--d-ff", "24",
     )  # fmt: skip
     train(small_flags(tmp_path / "on", *TRIALS, *more, "--steps", "13"))
     train(small_flags(tmp_path / "off", *OFF, *more, "--steps", "13"))
@@ -301,8 +303,8 @@ def test_replicates_are_what_the_search_decides_by(on):
     for row in history(on):
         if search.open is None:
             search.open_candidate(Overlay.from_dict(row["overlay"]), random.Random(0))
+        spikes = tuple(row["spikes"])
         verdict = search.observe(
-            Replicate(difference=row["difference"], control=row["control"],
-                      spikes=tuple(row["spikes"]))  # fmt: skip
+            Replicate(difference=row["difference"], control=row["control"], spikes=spikes)
         )
         assert (verdict.e_value, verdict.decision.value) == (row["e_value"], row["decision"])
