@@ -4,7 +4,7 @@ A small model trains on the shipped text. Every few steps an arm is forked for e
 a placebo (the same overlay, other random numbers), and overlays whose verdict is known beforehand:
 the learning rate restored from 0.3 of its good value, and rates far above and far below it.
 
-    python scripts/trial_noise.py --lr 0.03 --json bench/results/trial_noise.json
+    python scripts/trial_noise.py --json bench/results/trial_noise.json
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from training.config.cli import parse_args
 from training.fork import ArmEnd, run_arm
 
 MODEL = """
---no-require-cuda --device cpu --tokenizer-name assets-4k --d-model 48 --n-heads 2 --n-layers 2
---mamba-ratio 0 --attention-ratio 1 --mamba-head-dim 16 --kv-latent-dim 24 --rope-dim 8 --d-ff 96
---n-routed-experts 0 --moe-top-k 1 --seq-len 64 --batch-size 8 --dropout 0.1
+--no-require-cuda --device cpu --tokenizer-name assets-4k --d-model 32 --n-heads 2 --n-layers 1
+--mamba-ratio 0 --attention-ratio 1 --mamba-head-dim 16 --kv-latent-dim 16 --rope-dim 8 --d-ff 64
+--n-routed-experts 0 --moe-top-k 1 --seq-len 32 --batch-size 4 --dropout 0.1
 --instant-mode off --warmup-steps 10 --warmdown-fraction 0.3 --eval-interval 0 --sample-interval 0
 --log-interval 1000 --save-interval 100000 --no-strict-feature-usage --integrity-hidden-eval-every 0
 --no-integrity-guards-enabled --uroboros-enabled --uroboros-interval 100000
---no-forward-research-loop-enabled --probe-batches 8 --probe-batch-size 8
+--no-forward-research-loop-enabled --probe-batches 4 --probe-batch-size 16
 """.split()
 BASES = {  # share of the good rate that the run has: overlays that are tried on it
     "low": (0.3, {"placebo": 1.0, "restored": 1.0 / 0.3}),
@@ -41,8 +42,8 @@ BASES = {  # share of the good rate that the run has: overlays that are tried on
 
 def measure_base(
     share: float, cases: dict[str, float], args: argparse.Namespace, directory: Path
-) -> dict[str, list[dict[str, Any]]]:
-    """Per case, one record per fork: the difference, and what the control gained."""
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """After every fork, per case: one record per fork, the difference and the control's gain."""
     rate = share * args.lr
     flags = [
         *MODEL,
@@ -60,19 +61,19 @@ def measure_base(
         begun, arms = trainer.step, {}
         for number, (name, factor) in enumerate(cases.items()):
             trials.overlay = Overlay(lr_factor=factor)
-            trials._in_other_arm = True
+            trials.in_other_arm = True
             arms[name] = run_arm(
                 trainer,
                 steps=args.horizon,
-                score=trials._score,
+                score=trials.score,
                 seed=1 + begun + number if name == "placebo" else None,
                 keep=("uroboros",),
             )
-            trials._in_other_arm = False
+            trials.in_other_arm = False
         while trainer.step < begun + args.horizon:
             trainer.train_step()
             trainer.rows.clear()
-        own_end = trials._score(trainer.model)
+        own_end = trials.score(trainer.model)
         for name, arm in arms.items():
             finished = arm.outcome is ArmEnd.FINISHED
             records[name].append(
@@ -83,8 +84,8 @@ def measure_base(
                 }
             )
         print(f"step {trainer.step}: loss {own_end:.4f}", flush=True)
+        yield records
     trainer._close()
-    return records
 
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -106,8 +107,8 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--lr", type=float, default=0.03, help="good learning rate of the model")
-    parser.add_argument("--steps", type=int, default=360, help="of each run")
+    parser.add_argument("--lr", type=float, default=0.04, help="good learning rate of the model")
+    parser.add_argument("--steps", type=int, default=240, help="of each run")
     parser.add_argument("--horizon", type=int, default=12, help="steps per arm")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bases", default="low,good", help="which of low and good, by commas")
@@ -119,12 +120,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         for name in names:
             share, cases = BASES[name]
-            records = measure_base(share, cases, args, Path(home) / name)
-            result[name] = {
-                case: {"summary": summarise(found), "records": found}
-                for case, found in records.items()
-            }
-            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            for records in measure_base(share, cases, args, Path(home) / name):
+                result[name] = {
+                    case: {"summary": summarise(found), "records": found}
+                    for case, found in records.items()
+                }
+                args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name in names:
         for case, found in result[name].items():
             print(name, case, json.dumps(found["summary"]))

@@ -89,18 +89,18 @@ class OverlayTrials:
         self._probe, self._say = probe, say
         self._history: MetricsLog | None = None
         self._cycle = 0
-        self._in_other_arm = False
+        self.in_other_arm = False
         self._seconds = 0.0
 
     @property
     def overlay_now(self) -> Overlay:
         """What the step in progress has to follow."""
-        tried = self._in_other_arm and not self.settings.placebo
+        tried = self.in_other_arm and not self.settings.placebo
         return self.overlay if tried else self.search.in_force
 
     def finish_step(self, ctx: StepContext) -> bool:
         """After a step: end or begin a replicate. Whether a difference was recorded."""
-        if self._in_other_arm:
+        if self.in_other_arm:
             return False
         start, acted = time.perf_counter(), False
         shown = 1 if self.phase is Phase.OWN_ARM else 0
@@ -143,16 +143,16 @@ class OverlayTrials:
         return True
 
     def _run_other_arm(self, trainer: Any, should_stop: Callable[[], bool]) -> bool:
-        self._in_other_arm = True
+        self.in_other_arm = True
         arm = run_arm(
             trainer,
             steps=self.end - self.begun,
-            score=self._score,
+            score=self.score,
             seed=self._placebo_seed(),
             keep=(FEATURE,),
             should_stop=should_stop,
         )
-        self._in_other_arm = False
+        self.in_other_arm = False
         if arm.outcome is ArmEnd.STOPPED:
             return False  # begun again when the run is resumed
         if arm.outcome is ArmEnd.FINISHED and math.isfinite(arm.end):
@@ -172,7 +172,7 @@ class OverlayTrials:
             return None
         return random.Random(f"{self.search.tested}:{self.begun}").getrandbits(62)
 
-    def _score(self, model: Any) -> float:
+    def score(self, model: Any) -> float:
         """Mean loss on the replicate's probe batches, in nats per token."""
         count = min(SCORED_BATCHES, len(self._probe))
         first = self.counts["trials"] * count
@@ -181,7 +181,7 @@ class OverlayTrials:
 
     def _conclude(self, ctx: StepContext) -> bool:
         assert self.arm is not None
-        own_end, arm = self._score(ctx.model), self.arm
+        own_end, arm = self.score(ctx.model), self.arm
         limit = SPIKE * statistics.median(self.norms)
         replicate = Replicate(
             difference=own_end - arm.end,

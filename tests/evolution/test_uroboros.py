@@ -196,7 +196,8 @@ def test_the_search_goes_where_gains_were():
         copy = Uroboros(SETTINGS)
         copy.load_state_dict(search.state_dict())
         chosen.append(copy.next_overlay(rng).lr_factor)
-    assert mean([float(factor > 1.0) for factor in chosen]) > 0.9
+    # Half of all draws are above 1; best of eight nearly always is.
+    assert mean([float(factor > 1.0) for factor in chosen]) > 0.8
     high, low = search.predict(Overlay(lr_factor=3.0)), search.predict(Overlay(lr_factor=0.3))
     assert high[0] > 0.02 and low[0] < -0.2
     assert high[1] < search.predict(Overlay(lr_factor=1.0))[1]  # less is known between them
@@ -213,20 +214,25 @@ def test_a_round_gives_several_candidates_without_repeating_one():
 
 def test_the_state_is_all_there_is():
     """At every point of a search: a copy made from the state goes on the same way."""
-    rng, noise = random.Random(2), random.Random(4)
+    rng, noise, decisions = random.Random(2), random.Random(4), []
     search = Uroboros(replace(SETTINGS, window=12))
-    for _ in range(60):
+    for _ in range(80):
         copy = Uroboros(replace(SETTINGS, window=12))
         copy.load_state_dict(json.loads(json.dumps(search.state_dict())))
         seed = rng.getrandbits(32)
         arms = [s.next_overlay(random.Random(seed)) for s in (search, copy)]
-        replicate = Replicate(difference=noise.gauss(0.4, 0.2), control=1.0)
+        # Every second promotion is regretted.
+        side = -1.0 if search.watch is not None and len(decisions) % 4 == 1 else 1.0
+        replicate = Replicate(difference=side * noise.gauss(0.4, 0.1), control=1.0)
         verdicts = [s.observe(replicate) for s in (search, copy)]
         assert arms[0] == arms[1] and verdicts[0] == verdicts[1]
+        decision = verdicts[0].decision
         for s in (search, copy):
-            if verdicts[0].decision is Decision.PROMOTE:
+            if decision is Decision.PROMOTE:
                 s.commit()
-            elif verdicts[0].decision in (Decision.KEEP, Decision.ROLL_BACK):
-                s.end_watch(roll_back=verdicts[0].decision is Decision.ROLL_BACK)
+            elif decision in (Decision.KEEP, Decision.ROLL_BACK):
+                s.end_watch(roll_back=decision is Decision.ROLL_BACK)
+        decisions += [decision] * (decision is not Decision.CONTINUE)
         assert copy.state_dict() == search.state_dict()
-    assert search.number > 0 and math.isfinite(search.predict(NEUTRAL)[0])
+    assert {Decision.PROMOTE, Decision.KEEP, Decision.ROLL_BACK} <= set(decisions)
+    assert math.isfinite(search.predict(NEUTRAL)[0])

@@ -117,7 +117,8 @@ def every_resume(home, flags, *, steps=64):
 
     class StopAtTarget(stop_after(0, resumed)):
         def after_step(self, ctx):
-            if ctx.step == target[0]:
+            in_arm = ctx.trials is not None and ctx.trials.in_other_arm  # no step of the run
+            if ctx.step == target[0] and not in_arm:
                 (resumed / "STOP").touch()
             return False
 

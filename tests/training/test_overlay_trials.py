@@ -178,7 +178,7 @@ def test_a_stop_inside_the_other_arm_loses_nothing(tmp_path, on, monkeypatch):
 
     class StopInArm(stop_after(0, directory)):
         def after_step(self, ctx):
-            if ctx.trials._in_other_arm and ctx.step == 14:
+            if ctx.trials.in_other_arm and ctx.step == 14:
                 (directory / "STOP").touch()
             return False
 
@@ -201,11 +201,11 @@ def open_trainer(directory, *more):
 
 def fork(trainer, factor, **more):
     trials = trainer.services.trials
-    trials.overlay, trials._in_other_arm = Overlay(lr_factor=factor), True
+    trials.overlay, trials.in_other_arm = Overlay(lr_factor=factor), True
     try:
-        return run_arm(trainer, steps=4, score=trials._score, keep=("uroboros",), **more)
+        return run_arm(trainer, steps=4, score=trials.score, keep=("uroboros",), **more)
     finally:
-        trials._in_other_arm = False
+        trials.in_other_arm = False
 
 
 def test_an_arm_equals_the_run_it_stands_for_and_is_undone(tmp_path):
@@ -218,7 +218,9 @@ def test_an_arm_equals_the_run_it_stands_for_and_is_undone(tmp_path):
     for _ in range(4):
         trainer.train_step()
         trainer.rows.clear()
-    own = trainer.services.trials._score(trainer.model)
+    trials = trainer.services.trials
+    assert trials is not None
+    own = trials.score(trainer.model)
     assert same.end == own  # the control, over the same batches and random numbers
     assert other.end != own and noisy.end != own
     trainer._close()
