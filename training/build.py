@@ -33,6 +33,7 @@ from training.micro_batch import MicroBatchPlan
 from training.optimizer import OptimizerSet, state_settings
 from training.optimizer import build_optimizer as optimizer_for
 from training.probe import Probe, hold_out, probe_batches
+from training.run_policy import LR, Knob, RunPolicy
 from training.run_services import RunServices
 from training.runtime.checkpoint import CheckpointStore
 from training.runtime.clock import PhaseClock
@@ -84,6 +85,7 @@ def build_probe(
     """What is left of the corpus to train on, and the probe, where something decides by one."""
     asked = config.c3o.credit_enabled or config.uroboros.enabled or config.probe.held_out
     if not asked:
+    if config.probe_flag() is None:
         return corpus, None
     own, seq_len = config.probe, config.data.seq_len
     rest, held_out = hold_out(corpus, num_tokens=own.batch_size * own.batches * seq_len)
@@ -91,6 +93,12 @@ def build_probe(
         held_out, corpus, batch_size=own.batch_size, num_batches=own.batches, seq_len=seq_len
     )
     return rest, Probe(batches, device=device, autocast=build_autocast(config, device))
+
+
+def build_policy(config: SigmaConfig) -> RunPolicy:
+    """What this run's controllers can turn."""
+    rule = config.self_evolve
+    return RunPolicy({LR: Knob(lowest=rule.lr_min_factor, highest=rule.lr_max_factor)})
 
 
 def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:
@@ -253,6 +261,7 @@ def build_trainer(
         forward_model=build_forward(config, model),
         start_facts=start_facts(config, model),
         config_hash=config_hash(config),
+        policy=build_policy(config),
         probe=probe,
         rl=build_rl(config, model, tokenizer, stream=stream, clock=clock, features=feature_set),
         trials=build_trials(config, probe, say=display.message),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from training.probe import Probe
 from training.rl_service import RLService
+from training.run_policy import RunPolicy
 from training.stream.batch import Batch
 from training.stream.mixture import Mixture
 
@@ -38,6 +39,7 @@ class StepContext:
     probe: text of the training split that is never trained on; None when nothing asks for it.
     rl: the learner from rewards; None when there is none.
     trials: of overlays over the configuration (training/overlay_trials.py); None without them.
+    policy: what controllers change between steps, by factors, and the token of experiments.
     rng: generator of the feature that is being called, derived from the seed and its name.
     """
 
@@ -49,6 +51,7 @@ class StepContext:
     probe: Probe | None = None
     rl: RLService | None = None
     trials: Any = None
+    policy: RunPolicy = field(default_factory=RunPolicy)
     rng: torch.Generator | None = None
     micro: int = 0
     batch: Batch | None = None

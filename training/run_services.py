@@ -15,6 +15,7 @@ from training.micro_batch import MicroBatchPlan
 from training.overlay_trials import OverlayTrials
 from training.probe import Probe
 from training.rl_service import RLService
+from training.run_policy import RunPolicy
 from training.runtime.checkpoint import CheckpointStore
 from training.runtime.clock import PhaseClock
 from training.runtime.memory_guard import MemoryGuard
@@ -36,6 +37,7 @@ class RunServices:
     settings). report: refreshed after saves. forward_model: the model, or its compiled form.
     probe: held-out training text, where a feature decides by it. rl: learner from rewards, if any.
     trials: of overlays, between steps.
+    probe: held-out training text, where a feature decides by it. policy: what controllers change.
     """
 
     clock: PhaseClock
@@ -55,6 +57,7 @@ class RunServices:
     forward_model: Callable[..., Any]
     start_facts: dict[str, Any]
     config_hash: str
+    policy: RunPolicy
     probe: Probe | None = None
     rl: RLService | None = None
     trials: OverlayTrials | None = None

@@ -20,6 +20,7 @@ from training.features.base import FeatureSet
 from training.micro_batch import StepRows, is_out_of_memory, move_batch
 from training.nonfinite import NonFiniteGuard, Verdict, state_is_finite
 from training.optimizer import OptimizerSet
+from training.run_policy import LR
 from training.run_services import RunServices
 from training.runtime.checkpoint import Checkpoint
 from training.runtime.crash_report import write_crash_report
@@ -137,6 +138,7 @@ class SigmaTrainer:
         step = self.step + 1
         optim, total = self.config.optim, self.config.run.steps
         factor, decay = step_factors(step, total_steps=total, optim=optim)
+        factor *= self.services.policy.multiplier(LR)
         self.optimizer.set_schedule(lr_factor=factor, decay_factor=decay)
         self.clock.reset()
         self.clock.synchronize_edges = self._is_log_step(step)
@@ -144,6 +146,7 @@ class SigmaTrainer:
         ctx.mixture, ctx.probe = self.stream.mixture, self.services.probe
         ctx.rl = self.services.rl
         ctx.trials = self.services.trials
+        ctx.policy = self.services.policy
         ctx.log("lr", optim.lr * factor)
         return ctx
 
@@ -199,6 +202,7 @@ class SigmaTrainer:
                 "model_metrics": self.model.metrics_state(),
                 "scaler": self.services.scaler.state_dict(),
                 "rng": capture_rng_state(),
+                "policy": self.services.policy.state_dict(),
             },
         }
 
@@ -212,6 +216,8 @@ class SigmaTrainer:
         self.plan.load_state_dict(run["micro_batch"])
         self.model.load_metrics_state(run["model_metrics"])
         restore_rng_state(run["rng"])
+        if "policy" in run:  # not in checkpoints of earlier versions
+            self.services.policy.load_state_dict(run["policy"])
         if not keep_position:
             self.stream.load_state_dict(run["stream"])
             self.guard.load_state_dict(run["guard"])

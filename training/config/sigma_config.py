@@ -17,6 +17,7 @@ from training.config.evolution_sections import PromotionConfig, UroborosConfig
 from training.config.fields import ConfigError, iter_flags, section
 from training.config.fractal_sections import FractalConfig
 from training.config.rl_sections import SigmaRLConfig, StartupConfig, TtrlConfig, VerifierConfig
+from training.config.policy_sections import SelfEvolveConfig, SelfImproverConfig
 from training.config.sections import (
     CurriculumConfig,
     DataConfig,
@@ -56,6 +57,12 @@ class SigmaConfig:
     sigma_rl: SigmaRLConfig = section(SigmaRLConfig, title="RL objectives")
     verifier: VerifierConfig = section(VerifierConfig, title="Verifier", prefix="verifier")
     startup: StartupConfig = section(StartupConfig, title="Start-up", prefix="startup")
+    self_evolve: SelfEvolveConfig = section(
+        SelfEvolveConfig, title="Rule on the learning rate", prefix="self-evolve"
+    )
+    self_improver: SelfImproverConfig = section(
+        SelfImproverConfig, title="Search for the run's policy", prefix="self-improver"
+    )
     eval: EvalConfig = section(EvalConfig, title="Evaluation and samples while training")
     precision: PrecisionConfig = section(PrecisionConfig, title="Precision and compilation")
     perf: PerfConfig = section(PerfConfig, title="Performance window")
@@ -89,6 +96,7 @@ class SigmaConfig:
         self._validate_optim()
         self._validate_credit()
         self._validate_rl()
+        self._validate_policy()
         self._validate_instant()
         self._validate_curriculum()
         self._validate_adaptive()
@@ -129,17 +137,36 @@ class SigmaConfig:
         if not self.c3o.credit_enabled:
             return
         if self.optim.optimizer != "c3o":
+        if self.c3o.credit_enabled and self.optim.optimizer != "c3o":
             raise WrongOptimizerError(
                 "c3o credit is enabled but optimizer is not 'c3o'. Use --optimizer c3o or disable "
                 "--c3o-credit-enabled."
             )
-        self._validate_probe("--c3o-credit-enabled")
-
-    def _validate_probe(self, flag: str) -> None:
-        if self.stream.data_backend != "embedded":
+        flag = self.probe_flag()
+        if flag is not None and self.stream.data_backend != "embedded":
+            off = "--self-evolve-interval 0" if "interval" in flag else f"--no-{flag[2:]}"
             raise ConfigError(
                 f"{flag} needs probe text held out of the training text, which "
-                f"--data-backend embedded has; use that, or --no-{flag[2:]}"
+                f"--data-backend embedded has; use that, or {off}"
+            )
+
+    def probe_flag(self) -> str | None:
+        """The flag that asks for probe text, the first of several; None if none does."""
+        asking = {
+            "--probe-held-out": self.probe.held_out,
+            "--c3o-credit-enabled": self.c3o.credit_enabled,
+            "--self-improver-enabled": self.self_improver.enabled,
+            "--self-evolve-interval": self.self_evolve.interval > 0,
+        }
+        return next((flag for flag, is_on in asking.items() if is_on), None)
+
+    def _validate_policy(self) -> None:
+        own = self.self_improver
+        if not own.sigma_min <= own.mutation_sigma <= own.sigma_max:
+            raise ConfigError(
+                f"--self-improver-mutation-sigma {own.mutation_sigma:g} must lie between "
+                f"--self-improver-sigma-min {own.sigma_min:g} and --self-improver-sigma-max "
+                f"{own.sigma_max:g}"
             )
 
     def _validate_rl(self) -> None:

@@ -9,6 +9,8 @@ from training.features.ema import EmaFeature
 from training.features.instant import InstantFeature
 from training.features.reweighting import AdaptiveSourcesFeature
 from training.features.rl_auto_mix import RlAutoMixFeature
+from training.features.self_evolve import SelfEvolveFeature
+from training.features.self_improver import SelfImproverFeature
 from training.features.sigma_rl import SigmaRLFeature
 from training.features.uroboros import UroborosFeature
 from training.features.verifier import VerifierFeature
@@ -23,6 +25,9 @@ FEATURES: tuple[type[Feature], ...] = (
     VerifierCascadeFeature,
     AsymVerifyFeature,
     RlAutoMixFeature,
+    C3oCreditFeature,
+    SelfImproverFeature,
+    SelfEvolveFeature,  # changes at boundaries, which the one before makes
     CurriculumFeature,
     DiffMlaFeature,
     EmaFeature,  # averages the weights as the step leaves them

@@ -32,6 +32,10 @@ DEVIATIONS = {
     ("--c3o-state-dtype", "type"): ("{auto,fp32,bf16}", "fp16 underflows second moments"),
     ("--c3o-credit-enabled", "default"): ("off", "its ablation found no gain"),
     ("--c3o-credit-enabled", "exe"): ("off", "its ablation found no gain"),
+    ("--self-evolve-interval", "default"): ("0", "its ablation found no gain"),
+    ("--self-evolve-interval", "exe"): ("0", "no probe text in the hybrid stream"),
+    ("--self-improver-enabled", "default"): ("off", "its ablation found no gain"),
+    ("--self-improver-enabled", "exe"): ("off", "no probe text in the hybrid stream"),
     ("--torch-compile", "default"): ("off", "compiling takes minutes and no gain is measured"),
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
     ("--residual-layout", "default"): ("two-stream", "FLAGS.md leaves it to measurement"),
@@ -65,6 +69,7 @@ ADDED = {
     "--galore-rank", "--galore-refresh", "--c3o-credit-draws", "--c3o-credit-shuffled",
     "--probe-held-out", "--ttrl-tasks", "--sigma-rl-lr", "--sigma-rl-placebo",
     "--verifier-eval-tasks",
+    "--self-evolve-shuffled", "--self-improver-shuffled",
 }  # fmt: skip
 
 
