@@ -18,6 +18,7 @@ SIGNIFICANT = 2.0  # standard errors
 SPIKE = 4.0  # robust deviations
 DEVIATION_OF_MEDIAN = 1.4826  # of a normal variable: its deviation / median absolute deviation
 SMALLEST_SPREAD = 1e-3  # of the median
+LEAST_NORMS = 8
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -65,7 +66,7 @@ class LearningRateRule:
             self.losses = [*self.losses, loss][-size:]
         known = [norm for norm in grad_norms if math.isfinite(norm)]
         self.is_spike = any(is_spike(norm, self._norms) for norm in known)
-        self._norms = [*self._norms, *known][-size:]
+        self._norms = [*self._norms, *known][-max(size, LEAST_NORMS) :]
         if len(self.losses) < size:
             return
         read = self.losses if order is None else [self.losses[place] for place in order]
@@ -119,8 +120,8 @@ def slope_statistic(values: Sequence[float]) -> float:
 
 
 def is_spike(norm: float, before: Sequence[float]) -> bool:
-    """Whether a gradient norm stands out from those before it; False for fewer than eight."""
-    if len(before) < 8:
+    """Whether a gradient norm stands out from those before it; False for fewer than LEAST_NORMS."""
+    if len(before) < LEAST_NORMS:
         return False
     median = statistics.median(before)
     spread = DEVIATION_OF_MEDIAN * statistics.median(abs(value - median) for value in before)

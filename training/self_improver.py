@@ -20,6 +20,7 @@ often does, by less noise, and costs later (short-horizon bias, 1803.02021).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 GAIN = 0.12
+FURTHEST = 2.0  # of a knob's theta: 96 % of its reach, from where it can come back
 WINDOW = 32  # quadruples whose differences are ranked together
 DOUBTED, BELIEVED = 3.0, 3.3  # standard errors of the mean vote: from nothing to all of it
 LEAST_BELIEF = 0.01
@@ -139,7 +141,7 @@ class SelfImprover:
         self._visited = [*self._visited, (list(self.theta), speed)][-FRONTIER_INTERVAL:]
         mean, trust = vote(self._window)
         self.theta = [
-            place + GAIN * share * part
+            min(FURTHEST, max(-FURTHEST, place + GAIN * share * part))
             for place, share, part in zip(self.theta, trust, mean, strict=True)
         ]
         if self.num_quadruples % FRONTIER_INTERVAL == 0:
@@ -217,8 +219,9 @@ def signed_ranks(values: Sequence[float]) -> list[float]:
     alike the mean is 1.
     """
     sizes = sorted(abs(value) for value in values)
-    ranks = {size: place for place, size in enumerate(sizes, start=1)}  # ties: the highest
     middle = (len(values) + 1) / 2.0
+    # Equals share the mean of their ranks.
+    ranks = {size: (bisect_left(sizes, size) + 1 + bisect_right(sizes, size)) / 2 for size in sizes}
     return [math.copysign(ranks[abs(value)] / middle, value) if value else 0.0 for value in values]
 
 

@@ -10,7 +10,7 @@ import torch
 from tests.training.falling_regression import best_rate, improve
 from training.self_improver import (
     BELIEVED,
-    GAIN,
+    FURTHEST,
     ORDERS,
     REACH,
     WINDOW,
@@ -40,27 +40,26 @@ def share_recovered(*, batch, wrong, seeds, **settings):
 
 @pytest.mark.parametrize("wrong", [1 / 3, 3.0])
 def test_a_learning_rate_three_times_off_is_recovered(wrong):
-    assert share_recovered(batch=1024, wrong=wrong, seeds=range(3)) == 1.0
+    assert share_recovered(batch=1024, wrong=wrong, seeds=range(2)) == 1.0
 
 
 def test_shuffled_scores_lead_nowhere():
-    assert share_recovered(batch=1024, wrong=1 / 3, seeds=range(3), is_shuffled=True) == 0.0
-    real, placebo = (
-        [
-            improve(0.3, seed=seed, batch=1024, quadruples=60, is_shuffled=shuffled)[1]
-            for seed in range(3)
-        ]
-        for shuffled in (False, True)
-    )
-    assert all(one < other - 5.0 for one, other in zip(real, placebo, strict=True))
+    """Against the real search on the same rows: no way made, and a loss that falls less."""
+    for seed in range(2):
+        real, placebo = (
+            improve(0.3, seed=seed, batch=512, quadruples=60, is_shuffled=shuffled)
+            for shuffled in (False, True)
+        )
+        assert placebo[0].factors["lr"] < 1.0 + 0.5 * REACH["lr"] < real[0].factors["lr"]
+        assert real[1] < placebo[1] - 5.0
 
 
 def test_a_policy_without_effect_stays_where_it_is():
     ends = [
         abs(improve(0.3, seed=s, batch=64, quadruples=100, has_effect=False)[0].theta[0])
-        for s in range(8)
+        for s in range(6)
     ]
-    assert np.median(ends) < 0.05 and sum(end < 0.2 for end in ends) >= 7
+    assert np.median(ends) < 0.05 and sum(end < 0.2 for end in ends) >= 5
 
 
 @pytest.mark.soak
@@ -124,13 +123,14 @@ def test_factors_are_of_the_base_and_within_reach():
             search.end_trial(loss, generator=generator)
         assert search.num_quadruples == number + 1
     # The first knob alone was praised; nothing accumulated beyond the end of its reach.
-    assert search.factors["lr"] == pytest.approx(1.0 + REACH["lr"], abs=5e-3)
-    assert search.theta[0] <= GAIN * 80
+    assert search.theta[0] == FURTHEST
+    assert search.factors["lr"] == pytest.approx(1.0 + REACH["lr"], rel=0.006)
     assert all(abs(place) < 1.0 for place in search.theta[1:])
 
 
 def test_ranks_and_belief():
     assert signed_ranks([0.5, -2.0, 0.0, 1e9]) == [2 / 2.5, -3 / 2.5, 0.0, 4 / 2.5]
+    assert signed_ranks([3.0, -3.0, 3.0]) == [1.0, -1.0, 1.0]
     ones = [(1.0 + n, [1.0]) for n in range(WINDOW)]
     mean, trust = vote(ones)
     assert mean == [pytest.approx(1.0)] and trust == [1.0]
