@@ -83,8 +83,6 @@ def build_probe(
     config: SigmaConfig, corpus: TokenCorpus, device: torch.device
 ) -> tuple[TokenCorpus, Probe | None]:
     """What is left of the corpus to train on, and the probe, where something decides by one."""
-    asked = config.c3o.credit_enabled or config.uroboros.enabled or config.probe.held_out
-    if not asked:
     if config.probe_flag() is None:
         return corpus, None
     own, seq_len = config.probe, config.data.seq_len
@@ -233,7 +231,6 @@ def build_trainer(
     model = build_model(config, tokenizer, device)
     output_dir = Path(config.run.output_dir)
     display = RunDisplay()
-    say = display.message
     recorder = build_recorder(config, display, device)
     guards = build_guards(config, device=device, message=recorder.display.message)
     store = build_store(config, tokenizer, corpus)
@@ -249,7 +246,6 @@ def build_trainer(
         plan=plan,
         memory=build_memory_guard(config, plan, stream, display, device),
         watchdog=build_watchdog(config, display),
-        watchdog=HangWatchdog(output_dir, timeout_s=config.run.hang_timeout_sec, say=say),
         recorder=recorder,
         audit=guards,
         scaler=build_scaler(config, device),
@@ -265,7 +261,6 @@ def build_trainer(
         probe=probe,
         rl=build_rl(config, model, tokenizer, stream=stream, clock=clock, features=feature_set),
         trials=build_trials(config, probe, say=display.message),
-        trials=build_trials(config, probe, say=say),
     )
     return SigmaTrainer(
         config,

@@ -36,8 +36,7 @@ class RunServices:
     now; None without memory. on_open: called once the run directory is locked (the resolved
     settings). report: refreshed after saves. forward_model: the model, or its compiled form.
     probe: held-out training text, where a feature decides by it. rl: learner from rewards, if any.
-    trials: of overlays, between steps.
-    probe: held-out training text, where a feature decides by it. policy: what controllers change.
+    trials: of overlays, between steps. policy: what controllers change.
     """
 
     clock: PhaseClock

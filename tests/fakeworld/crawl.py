@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from tests.fakeworld.server import FakeWorld
 
 CRAWLS = ("CC-MAIN-2026-46", "CC-MAIN-2026-42", "CC-MAIN-2026-38")  # the newest first
-WORDS = (
-    "the river of stone and cloud paper garden silver window letter summer bridge".split()
-)
+WORDS = "the river of stone and cloud paper garden silver window letter summer bridge".split()
 
 
 @dataclass(kw_only=True, frozen=True)

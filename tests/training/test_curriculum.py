@@ -27,8 +27,6 @@ def test_rows_are_cut_in_place():
 
 def test_an_odd_length_names_the_flag():
     ids = torch.zeros(1, 6, dtype=torch.long)
-    batch = Batch(
-        input_ids=ids, labels=ids, reset_mask=ids == 1, source_ids=ids, num_bytes=0
-    )
+    batch = Batch(input_ids=ids, labels=ids, reset_mask=ids == 1, source_ids=ids, num_bytes=0)
     with pytest.raises(ValueError, match="--curriculum-phases"):
         shorten_rows(batch, 4)

@@ -6,8 +6,12 @@ from training.schedule import learning_rate_factor, weight_decay_factor
 
 
 def factor(step, **changes):
-    settings = {"total_steps": 100, "warmup_steps": 10, "warmdown_fraction": 0.4,
-                "final_ratio": 0.1}
+    settings = {
+        "total_steps": 100,
+        "warmup_steps": 10,
+        "warmdown_fraction": 0.4,
+        "final_ratio": 0.1,
+    }
     return learning_rate_factor(step, **(settings | changes))
 
 

@@ -16,8 +16,8 @@ from training.config.data_sections import AdaptiveConfig, StreamConfig
 from training.config.evolution_sections import PromotionConfig, UroborosConfig
 from training.config.fields import ConfigError, iter_flags, section
 from training.config.fractal_sections import FractalConfig
-from training.config.rl_sections import SigmaRLConfig, StartupConfig, TtrlConfig, VerifierConfig
 from training.config.policy_sections import SelfEvolveConfig, SelfImproverConfig
+from training.config.rl_sections import SigmaRLConfig, StartupConfig, TtrlConfig, VerifierConfig
 from training.config.sections import (
     CurriculumConfig,
     DataConfig,
@@ -130,13 +130,6 @@ class SigmaConfig:
             )
 
     def _validate_credit(self) -> None:
-        if self.probe.held_out:
-            self._validate_probe("--probe-held-out")
-        if self.uroboros.enabled:
-            self._validate_probe("--uroboros-enabled")
-        if not self.c3o.credit_enabled:
-            return
-        if self.optim.optimizer != "c3o":
         if self.c3o.credit_enabled and self.optim.optimizer != "c3o":
             raise WrongOptimizerError(
                 "c3o credit is enabled but optimizer is not 'c3o'. Use --optimizer c3o or disable "
@@ -157,11 +150,18 @@ class SigmaConfig:
             "--c3o-credit-enabled": self.c3o.credit_enabled,
             "--self-improver-enabled": self.self_improver.enabled,
             "--self-evolve-interval": self.self_evolve.interval > 0,
+            "--uroboros-enabled": self.uroboros.enabled,
         }
         return next((flag for flag, is_on in asking.items() if is_on), None)
 
     def _validate_policy(self) -> None:
         own = self.self_improver
+        if self.uroboros.enabled and (own.enabled or self.self_evolve.interval):
+            other = "--self-improver-enabled" if own.enabled else "--self-evolve-interval"
+            raise ConfigError(
+                f"--uroboros-enabled and {other} would each take the other's effect on the "
+                "learning rate for its own; leave one of them out"
+            )
         if not own.sigma_min <= own.mutation_sigma <= own.sigma_max:
             raise ConfigError(
                 f"--self-improver-mutation-sigma {own.mutation_sigma:g} must lie between "
@@ -260,7 +260,11 @@ class SigmaConfig:
     def _validate_search(self) -> None:
         if not self.fractal.arch_search:
             return
-        self._validate_probe("--fractal-arch-search")
+        if self.stream.data_backend != "embedded":
+            raise ConfigError(
+                "--fractal-arch-search needs probe text held out of the training text, which "
+                "--data-backend embedded has; use that"
+            )
         if self.optim.optimizer == "c3o":
             raise ConfigError(
                 "--fractal-arch-search cannot carry the credit of --optimizer c3o from network to "

@@ -25,7 +25,6 @@ FEATURES: tuple[type[Feature], ...] = (
     VerifierCascadeFeature,
     AsymVerifyFeature,
     RlAutoMixFeature,
-    C3oCreditFeature,
     SelfImproverFeature,
     SelfEvolveFeature,  # changes at boundaries, which the one before makes
     CurriculumFeature,

@@ -178,6 +178,8 @@ def test_a_source_may_repeat_itself_in_its_next_epoch_only():
     assert window.is_new(7, source=0, epoch=1)
     assert not window.is_new(7, source=0, epoch=1)
     assert not window.is_new(7, source=1, epoch=1)
+
+
 def test_a_store_that_shrinks_keeps_less_waiting_and_always_the_next():
     store = MemoryStore(documents=64)
     assert store.has_room(0) and store.has_room(5)
