@@ -45,6 +45,9 @@ FITTING = {
     "sigma_rl.sigma_rl_dispo_clip": st.lists(FRACTION, min_size=4, max_size=4).map(
         lambda widths: ",".join(map(repr, widths))
     ),
+    "self_improver.sigma_min": st.floats(0.001, 0.02),
+    "self_improver.mutation_sigma": st.floats(0.02, 0.3),
+    "self_improver.sigma_max": st.floats(0.3, 9.0),
     "curriculum.phases": st.lists(FRACTION, min_size=1, max_size=4, unique=True).map(
         lambda values: ",".join(map(repr, sorted(values)))
     ),
@@ -86,7 +89,9 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
     if config.fractal.arch_search:
         config.c3o.credit_enabled = config.precision.torch_compile = False
         config.optim.optimizer = "muon"
-    if config.c3o.credit_enabled or config.probe.held_out or config.fractal.arch_search:
+    if config.uroboros.enabled:  # of controllers of one learning rate there may be one
+        config.self_improver.enabled, config.self_evolve.interval = False, 0
+    if config.probe_flag() or config.fractal.arch_search:
         config.stream.data_backend = "embedded"
     if config.ttrl.interval:
         config.verifier.math_enabled = True

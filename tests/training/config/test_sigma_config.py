@@ -49,6 +49,8 @@ DEVIATIONS = {
     ),
     ("--ttrl-interval", "default"): ("0", "RL only where it is asked for"),
     ("--ttrl-interval", "exe"): ("0", "RL only where it is asked for"),
+    ("--uroboros-enabled", "default"): ("off", "no gain is measured yet"),
+    ("--uroboros-enabled", "exe"): ("off", "no gain is measured yet"),
     ("--data-backend", "default"): ("embedded", "no network use that nobody asked for"),
 }
 # Flags that FLAGS.md does not name, each with its effect in this program.
@@ -69,7 +71,7 @@ ADDED = {
     "--galore-rank", "--galore-refresh", "--c3o-credit-draws", "--c3o-credit-shuffled",
     "--probe-held-out", "--ttrl-tasks", "--sigma-rl-lr", "--sigma-rl-placebo",
     "--verifier-eval-tasks",
-    "--self-evolve-shuffled", "--self-improver-shuffled",
+    "--self-evolve-shuffled", "--self-improver-shuffled", "--uroboros-placebo",
 }  # fmt: skip
 
 
