@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,45 +53,54 @@ from training.rl.verifier import Verifier
 from training.tokenizer import Tokenizer
 
 WHAT = "Does reinforcement learning learn? Arms from one small model, and their placebos."
-LR, VOTE_LR, TICKS, TASKS = 6e-4, 2e-4, 80, 64  # votes err more, so they get shorter steps
+TICKS, TASKS, LR = 80, 64, 6e-4
+VOTED_TASKS, VOTE_LR = 16, 2e-4  # votes need more samples per task, and err, so steps are shorter
 SAMPLING = CandidateSettings(group_size=8, max_new_tokens=6, temperature=0.8, top_k=40)
-VOTING = replace(SAMPLING, label_mode="majority", asym=True, pool_multiplier=2.0, topk=8)
-ARMS: dict[str, tuple[tuple[str, ...], CandidateSettings | None]] = {
-    "verifier": (FAMILIES, SAMPLING),
-    "permuted": (FAMILIES, replace(SAMPLING, placebo="permuted")),
-    "sft": (FAMILIES, None),
-    "majority": (FAMILIES, VOTING),
-    "random": (FAMILIES, replace(SAMPLING, placebo="random")),
-    "wrong_abstain": ((WRONG_FAMILY,), VOTING),
-    "wrong_forced": ((WRONG_FAMILY,), replace(VOTING, majority_min_share=0.0)),
+# 64 votes, of which the policy learns from 8.
+VOTING = replace(SAMPLING, label_mode="majority", asym=True, pool_multiplier=8.0, topk=8)
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Arm:
+    """What is learned from which rewards; without settings, from solutions."""
+
+    families: tuple[str, ...] = FAMILIES
+    settings: CandidateSettings | None = SAMPLING
+    tasks: int = TASKS
+    lr: float = LR
+
+
+VOTED = Arm(settings=VOTING, tasks=VOTED_TASKS, lr=VOTE_LR)
+ARMS = {
+    "verifier": Arm(),
+    "permuted": Arm(settings=replace(SAMPLING, placebo="permuted")),
+    "sft": Arm(settings=None),
+    "majority": VOTED,
+    "majority_16": Arm(settings=replace(VOTING, pool_multiplier=2.0), lr=VOTE_LR),
+    "random": Arm(settings=replace(SAMPLING, placebo="random")),
+    "wrong_abstain": replace(VOTED, families=(WRONG_FAMILY,)),
+    "wrong_forced": replace(
+        VOTED, families=(WRONG_FAMILY,), settings=replace(VOTING, majority_min_share=0.0)
+    ),
 }
 
 
 def reinforce(
-    model: SigmaLLM,
-    tokenizer: Tokenizer,
-    *,
-    families: Sequence[str],
-    settings: CandidateSettings,
-    ticks: int,
-    seed: int,
+    model: SigmaLLM, tokenizer: Tokenizer, arm: Arm, *, ticks: int, seed: int
 ) -> list[dict[str, float]]:
     """`ticks` ticks of RL; the columns of every tenth."""
+    assert arm.settings is not None
     learner = Learner(
-        LearnerSettings(mode="cispo", tasks=TASKS, budget_max=1, eval_every=0),
-        maker=CandidateMaker(model, tokenizer, Verifier(code=False, timeout_ms=2500), settings),
+        LearnerSettings(mode="cispo", tasks=arm.tasks, budget_max=1, eval_every=0),
+        maker=CandidateMaker(model, tokenizer, Verifier(code=False, timeout_ms=2500), arm.settings),
         update=PolicyUpdate(
             model,
             UpdateSettings(
-                main="cispo",
-                clip=ClipSettings(),
-                lr=VOTE_LR if settings.label_mode == "majority" else LR,
-                entropy_weight=0.001,
-                kl_weight=0.02,
+                main="cispo", clip=ClipSettings(), lr=arm.lr, entropy_weight=0.001, kl_weight=0.02
             ),
         ),
-        sampler=FixedLevels(families, seed=seed),
-        val_sampler=FixedLevels(families, split="val", seed=seed),
+        sampler=FixedLevels(arm.families, seed=seed),
+        val_sampler=FixedLevels(arm.families, split="val", seed=seed),
     )
     curve = []
     for tick in range(ticks):
@@ -142,26 +151,24 @@ def run_arm(
     arm: str, model: SigmaLLM, tokenizer: Tokenizer, *, ticks: int, seed: int, budget_s: float
 ) -> dict[str, Any]:
     """Train the model as the arm says, and examine it."""
-    families, settings = ARMS[arm]
+    own = ARMS[arm]
     started, clock = time.process_time(), time.perf_counter()
     result: dict[str, Any] = {}
-    if settings is None:
+    if own.settings is None:
         result["steps"] = supervise(model, tokenizer, seconds=budget_s, seed=seed)
     else:
-        result["curve"] = reinforce(
-            model, tokenizer, families=families, settings=settings, ticks=ticks, seed=seed
-        )
+        result["curve"] = reinforce(model, tokenizer, own, ticks=ticks, seed=seed)
     result["cpu_s"] = round(time.process_time() - started, 2)
     result["wall_s"] = round(time.perf_counter() - clock, 2)
-    return result | {"scores": scores_of(model, tokenizer, families)}
+    return result | {"scores": scores_of(model, tokenizer, own.families)}
 
 
 def summarize(seeds: dict[str, Any]) -> list[dict[str, Any]]:
     """Gain of every arm and family over its start: mean, 95 % interval over seeds, and claims."""
     rows = []
-    for arm, (families, _) in ARMS.items():
+    for arm, own in ARMS.items():
         done = [found for found in seeds.values() if arm in found["arms"]]
-        for family in families:
+        for family in own.families:
             for name in ("sampled", "greedy", "majority"):
                 after = [found["arms"][arm]["scores"][family][name] for found in done]
                 before = [found["start"][family][name] for found in done]

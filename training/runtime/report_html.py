@@ -43,6 +43,7 @@ PHASES = {
     "backward": ("phase_backward_s",),
     "optimizer": ("phase_opt_step_s", "phase_zero_grad_s"),
     "features": ("phase_train_other_s",),
+    "reinforcement learning": ("phase_ttrl_s",),
     "records": ("phase_metrics_s",),
 }
 
