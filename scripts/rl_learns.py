@@ -54,10 +54,11 @@ from training.tokenizer import Tokenizer
 
 WHAT = "Does reinforcement learning learn? Arms from one small model, and their placebos."
 TICKS, TASKS, LR = 80, 64, 6e-4
-VOTED_TASKS, VOTE_LR = 16, 2e-4  # votes need more samples per task, and err, so steps are shorter
+KL, VOTED_LR, VOTED_KL, VOTED_TICKS = 0.02, 3e-4, 0.5, 60  # votes err: shorter steps, on a leash
 SAMPLING = CandidateSettings(group_size=8, max_new_tokens=6, temperature=0.8, top_k=40)
-# 64 votes, of which the policy learns from 8.
-VOTING = replace(SAMPLING, label_mode="majority", asym=True, pool_multiplier=8.0, topk=8)
+# 16 votes, of which the policy learns from 8.
+VOTING = replace(SAMPLING, label_mode="majority", asym=True, pool_multiplier=2.0, topk=8)
+MANY_VOTES = replace(VOTING, pool_multiplier=8.0)
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -67,28 +68,37 @@ class Arm:
     families: tuple[str, ...] = FAMILIES
     settings: CandidateSettings | None = SAMPLING
     tasks: int = TASKS
+    ticks: int = TICKS
     lr: float = LR
+    kl: float = KL
 
 
-VOTED = Arm(settings=VOTING, tasks=VOTED_TASKS, lr=VOTE_LR)
+VOTED = Arm(settings=VOTING, lr=VOTED_LR, kl=VOTED_KL, ticks=VOTED_TICKS)
+LOOSE = Arm(settings=MANY_VOTES, tasks=16, lr=2e-4)  # 64 votes, but the usual penalty
+PRODUCTS = (WRONG_FAMILY,)
 ARMS = {
     "verifier": Arm(),
     "permuted": Arm(settings=replace(SAMPLING, placebo="permuted")),
     "sft": Arm(settings=None),
     "majority": VOTED,
-    "majority_16": Arm(settings=replace(VOTING, pool_multiplier=2.0), lr=VOTE_LR),
     "random": Arm(settings=replace(SAMPLING, placebo="random")),
-    "wrong_abstain": replace(VOTED, families=(WRONG_FAMILY,)),
+    "wrong_abstain": replace(VOTED, families=PRODUCTS),
     "wrong_forced": replace(
-        VOTED, families=(WRONG_FAMILY,), settings=replace(VOTING, majority_min_share=0.0)
+        VOTED, families=PRODUCTS, settings=replace(VOTING, majority_min_share=0.0)
+    ),
+    "loose_majority_16": Arm(settings=VOTING, lr=2e-4),
+    "loose_majority_64": LOOSE,
+    "loose_wrong_abstain": replace(LOOSE, families=PRODUCTS),
+    "loose_wrong_forced": replace(
+        LOOSE, families=PRODUCTS, settings=replace(MANY_VOTES, majority_min_share=0.0)
     ),
 }
 
 
 def reinforce(
-    model: SigmaLLM, tokenizer: Tokenizer, arm: Arm, *, ticks: int, seed: int
+    model: SigmaLLM, tokenizer: Tokenizer, arm: Arm, *, seed: int
 ) -> list[dict[str, float]]:
-    """`ticks` ticks of RL; the columns of every tenth."""
+    """The arm's ticks of RL; the columns of every tenth."""
     assert arm.settings is not None
     learner = Learner(
         LearnerSettings(mode="cispo", tasks=arm.tasks, budget_max=1, eval_every=0),
@@ -96,14 +106,14 @@ def reinforce(
         update=PolicyUpdate(
             model,
             UpdateSettings(
-                main="cispo", clip=ClipSettings(), lr=arm.lr, entropy_weight=0.001, kl_weight=0.02
+                main="cispo", clip=ClipSettings(), lr=arm.lr, entropy_weight=0.001, kl_weight=arm.kl
             ),
         ),
         sampler=FixedLevels(arm.families, seed=seed),
         val_sampler=FixedLevels(arm.families, split="val", seed=seed),
     )
     curve = []
-    for tick in range(ticks):
+    for tick in range(arm.ticks):
         metrics = learner.tick(seed=1000 * seed + tick).metrics
         if (tick + 1) % 10 == 0:
             curve.append(
@@ -148,7 +158,7 @@ def scores_of(model: SigmaLLM, tokenizer: Tokenizer, families: Sequence[str]) ->
 
 
 def run_arm(
-    arm: str, model: SigmaLLM, tokenizer: Tokenizer, *, ticks: int, seed: int, budget_s: float
+    arm: str, model: SigmaLLM, tokenizer: Tokenizer, *, seed: int, budget_s: float
 ) -> dict[str, Any]:
     """Train the model as the arm says, and examine it."""
     own = ARMS[arm]
@@ -157,7 +167,7 @@ def run_arm(
     if own.settings is None:
         result["steps"] = supervise(model, tokenizer, seconds=budget_s, seed=seed)
     else:
-        result["curve"] = reinforce(model, tokenizer, own, ticks=ticks, seed=seed)
+        result["curve"] = reinforce(model, tokenizer, own, seed=seed)
     result["cpu_s"] = round(time.process_time() - started, 2)
     result["wall_s"] = round(time.perf_counter() - clock, 2)
     return result | {"scores": scores_of(model, tokenizer, own.families)}
@@ -191,7 +201,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="pretrained models")
     parser.add_argument("--seeds", default="0,1,2,3,4", metavar="NUMBERS")
-    parser.add_argument("--ticks", type=int, default=TICKS, metavar="N")
     parser.add_argument("--arms", default=",".join(ARMS), metavar="NAMES")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -199,13 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "what": WHAT,
         "cpu": cpu_name(),
         "threads": 1,
-        "settings": {
-            "lr": LR,
-            "vote_lr": VOTE_LR,
-            "ticks": options.ticks,
-            "tasks": TASKS,
-            "sampling": repr(SAMPLING),
-        },
+        "settings": {name: repr(arm) for name, arm in ARMS.items()},
         "seeds": {},
     }
     if options.json.is_file():
@@ -221,9 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 own["start"] = scores_of(model, tokenizer, (*FAMILIES, WRONG_FAMILY))
                 print(json.dumps({"seed": seed, "start": own["start"]}), flush=True)
             budget = own["arms"].get("verifier", {}).get("cpu_s", 0.0)
-            own["arms"][arm] = run_arm(
-                arm, model, tokenizer, ticks=options.ticks, seed=seed, budget_s=budget
-            )
+            own["arms"][arm] = run_arm(arm, model, tokenizer, seed=seed, budget_s=budget)
             said = {name: own["arms"][arm][name] for name in ("cpu_s", "scores")}
             print(json.dumps({"seed": seed, "arm": arm, **said}), flush=True)
             write(options.json, record)
