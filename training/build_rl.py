@@ -39,11 +39,15 @@ def build_rl(
 ) -> RLService | None:
     """The service of the RL ticks; None with `--ttrl-interval 0`, and then nothing is built.
 
-    RuntimeError when code tasks are asked for and no sandbox can be had.
+    RuntimeError when code tasks are asked for and no sandbox can be had, or TRL and it is missing.
     """
     if not config.ttrl.interval:
         return None
-    learner = build_learner(config, model, tokenizer)
+    learner: Any = build_learner(config, model, tokenizer)
+    if config.grpo.backend == "trl":
+        from training.build_grpo import with_trl
+
+        learner = with_trl(config, learner, model, tokenizer)
     accumulation = config.data.grad_accum_steps
 
     def real_batches(step: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from training.config.fields import ConfigError, flag
 
 RL_MODES = ("igrpo", "dispo", "gspo", "cispo")
+GRPO_BACKENDS = ("internal", "trl")
 LABEL_MODES = ("verifier", "majority")
 PLACEBOS = ("none", "permuted", "random")
 
@@ -92,6 +93,24 @@ class SigmaRLConfig:
         if max(values[0], values[2]) > 1.0:
             raise ConfigError("--sigma-rl-dispo-clip: the first and third width must not exceed 1")
         return (values[0], values[1], values[2], values[3])
+
+
+@dataclass(slots=True, kw_only=True)
+class GrpoConfig:
+    """All but the backend are read with trl only; its prompts per step are --ttrl-tasks."""
+
+    backend: str = flag(
+        "internal",
+        "Who trains on code and math prompts: the RL objectives alone, or a step of TRL's GRPO "
+        "after each tick as well.",
+        choices=GRPO_BACKENDS,
+    )
+    num_generations: int = flag(8, "Completions per GRPO prompt.", minimum=2, maximum=4096)
+    code_timeout_sec: float = flag(
+        4.0, "Limit per verdict of the GRPO reward, in seconds.", minimum=0.01, maximum=600.0
+    )
+    reward_success: float = flag(2.0, "GRPO reward of a completion that passes.")
+    reward_fail: float = flag(-1.0, "GRPO reward of one that fails.")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -317,6 +317,9 @@ class IntegrityConfig:
     strict_feature_usage: bool = flag(
         True, "Refuse --steps too small for an enabled feature; fail if one never acted."
     )
+    require_unsloth_trl_patch: bool = flag(
+        True, "With --grpo-backend trl: refuse to run unless unsloth has patched TRL."
+    )
     integrity_hidden_eval_manifest: str = flag(
         "", "Hidden evaluation; empty = training/hidden_eval_manifest.json.", is_path=True
     )

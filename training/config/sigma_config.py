@@ -18,6 +18,13 @@ from training.config.fields import ConfigError, iter_flags, section
 from training.config.fractal_sections import FractalConfig
 from training.config.policy_sections import SelfEvolveConfig, SelfImproverConfig
 from training.config.rl_sections import SigmaRLConfig, StartupConfig, TtrlConfig, VerifierConfig
+from training.config.rl_sections import (
+    GrpoConfig,
+    SigmaRLConfig,
+    StartupConfig,
+    TtrlConfig,
+    VerifierConfig,
+)
 from training.config.sections import (
     CurriculumConfig,
     DataConfig,
@@ -55,6 +62,7 @@ class SigmaConfig:
     probe: ProbeConfig = section(ProbeConfig, title="Probe text", prefix="probe")
     ttrl: TtrlConfig = section(TtrlConfig, title="Reinforcement learning", prefix="ttrl")
     sigma_rl: SigmaRLConfig = section(SigmaRLConfig, title="RL objectives")
+    grpo: GrpoConfig = section(GrpoConfig, title="GRPO through TRL", prefix="grpo")
     verifier: VerifierConfig = section(VerifierConfig, title="Verifier", prefix="verifier")
     startup: StartupConfig = section(StartupConfig, title="Start-up", prefix="startup")
     self_evolve: SelfEvolveConfig = section(
@@ -172,6 +180,11 @@ class SigmaConfig:
     def _validate_rl(self) -> None:
         ttrl, verifier = self.ttrl, self.verifier
         self.sigma_rl.dispo_clip()
+        if self.grpo.reward_fail >= self.grpo.reward_success:
+            raise ConfigError(
+                f"--grpo-reward-fail {self.grpo.reward_fail:g} must be below "
+                f"--grpo-reward-success {self.grpo.reward_success:g}"
+            )
         if ttrl.budget_min > ttrl.budget_max:
             raise ConfigError(
                 f"--ttrl-budget-min {ttrl.budget_min} must not exceed --ttrl-budget-max "
@@ -179,6 +192,10 @@ class SigmaConfig:
             )
         if not ttrl.interval:
             return
+        if self.grpo.backend == "trl" and ttrl.label_mode != "verifier":
+            raise ConfigError(
+                "--grpo-backend trl is rewarded by the verifier: use --ttrl-label-mode verifier"
+            )
         if not verifier.math_enabled and not verifier.code_enabled:
             raise ConfigError(
                 "--ttrl-interval needs tasks: add --verifier-math-enabled or "

@@ -42,6 +42,8 @@ FITTING = {
     "adaptive.adaptive_signal": st.sampled_from(["progress", "raw"]),
     "ttrl.budget_min": st.integers(1, 4),
     "ttrl.budget_max": st.integers(4, 64),
+    "grpo.reward_fail": st.floats(-9.0, 0.0),
+    "grpo.reward_success": st.floats(0.5, 9.0),
     "sigma_rl.sigma_rl_dispo_clip": st.lists(FRACTION, min_size=4, max_size=4).map(
         lambda widths: ",".join(map(repr, widths))
     ),
@@ -95,6 +97,8 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
         config.stream.data_backend = "embedded"
     if config.ttrl.interval:
         config.verifier.math_enabled = True
+        if config.ttrl.label_mode == "majority":
+            config.grpo.backend = "internal"
         config.verifier.code_enabled &= config.ttrl.label_mode != "majority"
         config.ttrl.discriminative_topk += config.ttrl.group_size
     if config.instant.mode in ("reversible", "compress"):

@@ -51,6 +51,9 @@ DEVIATIONS = {
     ("--ttrl-interval", "exe"): ("0", "RL only where it is asked for"),
     ("--uroboros-enabled", "default"): ("off", "no gain is measured yet"),
     ("--uroboros-enabled", "exe"): ("off", "no gain is measured yet"),
+    ("--grpo-backend", "type"): ("{internal,trl}", "the default first"),
+    ("--grpo-backend", "default"): ("internal", "trl would fail wherever it is not installed"),
+    ("--grpo-backend", "exe"): ("internal", "the frozen program goes without trl"),
     ("--data-backend", "default"): ("embedded", "no network use that nobody asked for"),
 }
 # Flags that FLAGS.md does not name, each with its effect in this program.
