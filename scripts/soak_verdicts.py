@@ -30,8 +30,10 @@ LIMIT_MS, ENDLESS_LIMIT_MS = 60_000, 400
 INTEGERS = ("add", "subtract", "multiply")
 CODE = ("expression", "function")
 # Kinds of one round and how many of each: (families, honest, adversarial).
-ROUND = ((INTEGERS, 30, 112), (("symbolic",), 8, 32), (CODE, 4, 12))
-ENDLESS_PER_ROUND = 2
+ROUND = ((INTEGERS, 70, 203), (("symbolic",), 4, 14), (CODE, 2, 6))
+ENDLESS_PER_ROUND = 1
+# A formula that never ends costs the start of a new worker, which imports a whole algebra system.
+ENDLESS_FORMULA_EVERY = 16
 ROUND_SIZE = sum(honest + hostile for _, honest, hostile in ROUND) + ENDLESS_PER_ROUND
 SCRIPTS = (0x0660, 0x06F0, 0x0966, 0xFF10, 0x1D7CE)  # where other scripts keep their zero
 
@@ -207,11 +209,13 @@ def soak(*, verdicts: int, seed: int, num_workers: int, minutes: float) -> dict[
             else:
                 found = strict.verify(tasks, texts, rng=rng)
             tally.add(tasks, texts, honest, found)
-            slow = [drawn(rng.choice(list(ENDLESS)), rng) for _ in range(ENDLESS_PER_ROUND)]
+            kinds = ("symbolic",) if (done // ROUND_SIZE) % ENDLESS_FORMULA_EVERY == 0 else CODE
+            slow = [drawn(rng.choice(kinds), rng) for _ in range(ENDLESS_PER_ROUND)]
             endless = [rng.choice(ENDLESS[task.family]) for task in slow]
             found = hurried.verify(slow, endless, rng=rng)
             tally.add(slow, endless, [False] * len(slow), found)
             done += len(tasks) + len(slow)
+            print(f"{done} verdicts, {time.monotonic() - begun:.0f} s", flush=True)
             processes = len(processes_below(os.getpid()))
             # Zygotes, workers of symbolic mathematics and the tracker of them.
             most = max(most, processes)
