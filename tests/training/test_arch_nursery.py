@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ TINY = (
     "--d-ff 24 --n-routed-experts 2 --moe-top-k 2 --rope-dim 4 --kv-latent-dim 8 "
     "--mamba-d-state 4 --mamba-head-dim 16 --mamba-chunk-len 8 --mimo-rank 1 --seq-len 16 "
     "--batch-size 2 --optimizer muon --lr 0.02 --adam-lr 0.02 --warmup-steps 2 "
-    "--probe-batch-size 2 --probe-batches 1 --ema-enabled --ema-decay 0.5 --steps 40"
+    "--probe-batch-size 2 --probe-batches 1 --ema-enabled --ema-decay 0.5 --steps 24"
 ).split()
 CORPUS = tokenize_corpus(SmallCorpus(num_documents=120), TOKENIZER)
 
@@ -130,8 +131,7 @@ def search_in(directory, monkeypatch, *, stop_after: int | None = None) -> dict:
     """One life of the command; its report if it came to the end."""
     monkeypatch.setattr(arch_search, "build_corpus", lambda config, tokenizer: CORPUS)
     monkeypatch.setattr(arch_search, "build_tokenizer", lambda config: TOKENIZER)
-    trials = 0
-    advance = arch_search.advance
+    trials, advance, settings = 0, arch_search.advance, arch_search.search_settings
 
     def counted(*args, **kwargs):
         nonlocal trials
@@ -140,8 +140,12 @@ def search_in(directory, monkeypatch, *, stop_after: int | None = None) -> dict:
         trials += 1
         advance(*args, **kwargs)
 
+    def short(*args):
+        return replace(settings(*args), generations=2, cohort=4)
+
     with monkeypatch.context() as patch:
         patch.setattr(arch_search, "advance", counted)
+        patch.setattr(arch_search, "search_settings", short)
         places = [f"--output-dir={directory / 'out'}", f"--checkpoint-dir={directory / 'kept'}"]
         assert arch_search.run(parse_args([*TINY, *places])) == 0
     folder = directory / "out" / arch_search.FOLDER
@@ -150,13 +154,13 @@ def search_in(directory, monkeypatch, *, stop_after: int | None = None) -> dict:
 
 def test_the_command_searches_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     whole = search_in(tmp_path / "whole", monkeypatch)
-    for stop_after in (11, 37):
+    for stop_after in (2, 6):
         with pytest.raises(Stopped):
             search_in(tmp_path / "parts", monkeypatch, stop_after=stop_after)
     parts = search_in(tmp_path / "parts", monkeypatch)
     assert parts.pop("latency_us").keys() == whole.pop("latency_us").keys()
     assert parts == whole
-    assert whole["generations"][-1]["fractal_arch_generation"] == 6
+    assert whole["generations"][-1]["fractal_arch_generation"] == 2
     assert whole["generations"][-1]["fractal_arch_pareto_size"] == len(whole["pareto_front"])
     assert "best of" in capsys.readouterr().out
     best = tmp_path / "whole" / "out" / arch_search.FOLDER / "best"
