@@ -66,7 +66,7 @@ def test_a_morph_keeps_the_logits(mutation, network):
 def test_in_single_precision_all_but_edges_of_int8_steps_agree(mutation):
     base = make_base()
     worst = []
-    for seed in range(3):
+    for seed in range(4):
         parent = make_model(HYBRID, dtype=torch.float32, seed=seed)
         child = grown(parent, HYBRID, mutation, base)
         with torch.no_grad():
