@@ -48,7 +48,9 @@ def test_a_knob_has_a_base_and_one_that_is_not_there_turns_nothing():
 def test_proposals_that_cannot_be_made_are_refused():
     found = policy()
     good = found.propose(LR, 1.1, by="rule", reason="because", seed=7)
-    assert good == Proposal(what=LR, by="rule", old=1.0, new=1.1, reason="because", seed=7)
+    assert good is not None and good == Proposal(
+        what=LR, by="rule", old=1.0, new=1.1, reason="because", seed=7
+    )
     assert found.apply(good)
     with pytest.raises(ValueError, match="does not have"):
         found.apply(good)  # made for a factor that is no more

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -11,6 +12,12 @@ from training.self_evolve import LearningRateRule, RuleSettings, is_spike, slope
 
 SHORT = RuleSettings(history=6)
 QUIET = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.02, 0.98]
+
+
+def fitted(values):
+    """Slope and its standard error by another library."""
+    fit: Any = stats.linregress(range(len(values)), values)
+    return fit.slope, fit.stderr
 
 
 def factors(losses, *, norms=None, settings=SHORT):
@@ -26,8 +33,8 @@ def test_the_slope_is_that_of_another_library():
     draw = random.Random(0)
     for _ in range(20):
         values = [draw.gauss(0.0, 1.0) - 0.1 * place for place in range(24)]
-        fit = stats.linregress(range(24), values)
-        assert slope_statistic(values) == pytest.approx(fit.slope / fit.stderr, rel=1e-9)
+        slope, error = fitted(values)
+        assert slope_statistic(values) == pytest.approx(slope / error, rel=1e-9)
     assert slope_statistic([2.0] * 8) == 0.0
     assert slope_statistic([3.0 - 0.1 * place for place in range(8)]) == -math.inf
     with pytest.raises(ValueError, match="three values"):
@@ -48,8 +55,8 @@ def test_a_turn_of_the_trend_turns_the_factor():
     expected, factor = [], 1.0
     for end in range(1, len(losses) + 1):
         if end >= 6:
-            fit = stats.linregress(range(6), losses[end - 6 : end])
-            t = fit.slope / fit.stderr if fit.stderr > 1e-9 else math.copysign(9.0, fit.slope)
+            slope, error = fitted(losses[end - 6 : end])
+            t = slope / error if error > 1e-9 else math.copysign(9.0, slope)
             factor *= 0.94 if t > 2.0 else 1.03 if t < -2.0 else 1.0
         expected.append(factor)
     assert factors(losses) == pytest.approx(expected, rel=1e-15)

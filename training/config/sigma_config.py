@@ -17,7 +17,6 @@ from training.config.evolution_sections import PromotionConfig, UroborosConfig
 from training.config.fields import ConfigError, iter_flags, section
 from training.config.fractal_sections import FractalConfig
 from training.config.policy_sections import SelfEvolveConfig, SelfImproverConfig
-from training.config.rl_sections import SigmaRLConfig, StartupConfig, TtrlConfig, VerifierConfig
 from training.config.rl_sections import (
     GrpoConfig,
     SigmaRLConfig,
