@@ -85,8 +85,8 @@ def _draw_tree(level: int, rng: random.Random) -> Tree:
         return (rng.choice(ring), rng.choice(VARIABLES), _leaf(rng))
     if level == 2:
         inner = (rng.choice(ring), rng.choice(VARIABLES), _leaf(rng))
-        pair = (inner, _leaf(rng)) if rng.random() < 0.5 else (_leaf(rng), inner)
-        return (rng.choice(ring), *pair)
+        left, right = (inner, _leaf(rng)) if rng.random() < 0.5 else (_leaf(rng), inner)
+        return (rng.choice(ring), left, right)
     inner = (rng.choice(ring), rng.choice(VARIABLES), _leaf(rng))
     divisor: Tree = rng.choice((rng.choice(VARIABLES), rng.randint(*VALUES)))
     if level == 3:
@@ -108,7 +108,7 @@ def _argument_drawer(tree: Tree) -> Callable[[random.Random], tuple[int, ...]]:
         if not isinstance(tree, tuple) or tree[0] != "//" or rng.random() < 0.5:
             return values
         for _ in range(BOUNDARY_TRIES):
-            named = dict(zip(VARIABLES, values))
+            named: dict[str, int] = dict(zip(VARIABLES, values))
             divisor = evaluate(tree[2], named)
             if evaluate(tree[1], named) % divisor in (0, divisor - 1):
                 break

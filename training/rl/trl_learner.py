@@ -15,7 +15,8 @@ from typing import Any, Protocol
 class Backend(Protocol):
     """What trains on tasks: see training/rl/trl_sigma.py."""
 
-    steps_taken: int
+    @property
+    def steps_taken(self) -> int: ...
 
     @property
     def samples(self) -> list[Any]: ...
@@ -24,7 +25,7 @@ class Backend(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class TrlLearner:
