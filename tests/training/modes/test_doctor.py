@@ -111,6 +111,7 @@ def test_a_damaged_asset_is_seen(config, tmp_path, monkeypatch):
 def test_a_broken_installation_is_examined_without_torch(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(doctor, "MODULES", ("json", "surely_not_installed"))
+    monkeypatch.setattr(doctor, "free_bytes", lambda directory: 2**50)
     checks = by_name(examine(config()))
     assert checks["packages"].found == "missing: surely_not_installed"
     assert checks["torch"].status == "fail"
