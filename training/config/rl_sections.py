@@ -37,7 +37,7 @@ class TtrlConfig:
     )
     budget_min: int = flag(1, "Fewest updates per tick.", minimum=1, maximum=64)
     budget_max: int = flag(4, "Most updates per tick.", minimum=1, maximum=64)
-    asym_verify_enabled: bool = flag(True, "Draft a larger pool and verify a part of it.")
+    asym_verify_enabled: bool = flag(False, "Draft a larger pool and verify a part of it.")
     candidate_pool_multiplier: float = flag(
         1.8, "Pool size / group size.", minimum=1.0, maximum=1024.0
     )
@@ -71,7 +71,7 @@ class SigmaRLConfig:
         1.0, "Logit temperature of DISPO's log-probs.", above=0.0
     )
     no_sigma_rl_adv_norm: bool = flag(False, "Use r - mean instead of (r - mean)/std.")
-    sigma_rl_auto_mix_enabled: bool = flag(True, "Bandit over the four objectives.")
+    sigma_rl_auto_mix_enabled: bool = flag(False, "Bandit over the four objectives.")
     sigma_rl_auto_mix_floor: float = flag(
         0.10, "Least weight of an objective.", minimum=0.0, maximum=0.25
     )

@@ -18,6 +18,7 @@ RL = (
     "--no-verifier-code-enabled", "--verifier-eval-tasks", "4", "--ttrl-refine-iters", "1",
     "--ttrl-tasks", "2", "--steps", "7", "--save-interval", "3", "--no-ema-enabled",
     "--eval-interval", "0", "--no-curriculum-enabled", "--grad-accum-steps", "1",
+    "--ttrl-asym-verify-enabled", "--sigma-rl-auto-mix-enabled",
 )  # fmt: skip
 RL_FEATURES = ("sigma_rl", "verifier", "verifier_cascade", "asym_verify", "rl_auto_mix")
 METRICS = {
@@ -163,7 +164,8 @@ def test_a_run_too_short_for_a_tick_is_refused(tmp_path):
         (("--ttrl-interval", "1", "--no-verifier-math-enabled", "--no-verifier-code-enabled"),
          "--verifier-math-enabled"),
         (("--ttrl-interval", "1", "--ttrl-label-mode", "majority"), "--no-verifier-code-enabled"),
-        (("--ttrl-interval", "1", "--ttrl-discriminative-topk", "2"), "--ttrl-group-size"),
+        (("--ttrl-interval", "1", "--ttrl-asym-verify-enabled", "--ttrl-discriminative-topk", "2"),
+         "--ttrl-group-size"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(flags, named):
