@@ -9,7 +9,7 @@ The next candidate comes from a kernel regression over past replicates: of a few
 one whose improvement, taken optimistically, is largest. The spread of what is unknown is the same
 everywhere, so a larger change is never preferred for its size.
 
-Sources: population based training 1711.09846; sequential tests as in sequential_test.py.
+Sources: population based training 1711.09846; sequential tests as in e_process.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from evolution.overlays import NEUTRAL, Overlay, Proposal, distance, draw_overlay
-from evolution.sequential_test import (
+from evolution.e_process import (
     EProcess,
     deviation,
     effect_size,
@@ -30,6 +29,7 @@ from evolution.sequential_test import (
     spent_alpha,
     squared_deviations,
 )
+from evolution.overlays import NEUTRAL, Overlay, Proposal, distance, draw_overlay
 
 MAX_REPLICATES = 32
 FUTILE = 0.05

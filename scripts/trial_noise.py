@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from evolution.e_process import effect_size, mean
 from evolution.overlays import Overlay
-from evolution.sequential_test import effect_size, mean
 from evolution.uroboros import Uroboros
 from training.build import build_trainer
 from training.config.cli import parse_args

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from evolution.e_process import mean
 from evolution.overlays import NEUTRAL, Overlay, distance
-from evolution.sequential_test import mean
 from evolution.uroboros import (
     MAX_REPLICATES,
     Decision,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evolution.sequential_test import (
+from evolution.e_process import (
     T_POINTS,
     EProcess,
     effect_size,
