@@ -100,7 +100,8 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
         if config.ttrl.label_mode == "majority":
             config.grpo.backend = "internal"
         config.verifier.code_enabled &= config.ttrl.label_mode != "majority"
-        config.ttrl.discriminative_topk += config.ttrl.group_size
+        own = config.ttrl
+        own.discriminative_topk = max(own.discriminative_topk, own.group_size)
     if config.instant.mode in ("reversible", "compress"):
         config.precision.torch_compile = False
     if config.instant.mode == "reversible":
