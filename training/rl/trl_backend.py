@@ -46,13 +46,6 @@ LOGGED = {
 }
 
 
-class GrpoTask(Protocol):
-    """What is asked of a task here; the verifier knows the rest of it."""
-
-    @property
-    def prompt(self) -> str: ...
-
-
 class Verdict(Protocol):
     @property
     def passed(self) -> bool: ...

@@ -56,7 +56,6 @@ class Verifier:
             raise ValueError(f"--verifier-timeout-ms {timeout_ms}: must be at least 1")
         self.limit_s = timeout_ms / 1000
         self._num_workers = num_workers
-        self._code = code
         self._sandbox = self._open() if code else None
         self._symbolic = SymbolicPool(num_workers=num_workers, limit_s=self.limit_s)
         self._counts: Counter[str] = Counter()

@@ -27,7 +27,6 @@ class Vote:
     top: str | None
     share: float
     entropy: float
-    num_parsed: int
     counts: dict[str, int]
 
     @property
@@ -45,7 +44,7 @@ def majority_vote(
     parsed = [answer for answer in answers if answer is not None]
     ranked = Counter(parsed).most_common()
     if not ranked:
-        return Vote(label=None, top=None, share=0.0, entropy=0.0, num_parsed=0, counts={})
+        return Vote(label=None, top=None, share=0.0, entropy=0.0, counts={})
     top, votes = ranked[0]
     shares = [count / len(parsed) for _, count in ranked]
     tied = len(ranked) > 1 and ranked[1][1] == votes
@@ -55,7 +54,6 @@ def majority_vote(
         top=None if tied else top,
         share=shares[0],
         entropy=-sum(share * math.log(share) for share in shares),
-        num_parsed=len(parsed),
         counts=dict(ranked),
     )
 
