@@ -88,6 +88,10 @@ def dispatch(config: SigmaConfig) -> int:
             from training.modes import generate
 
             return generate.run(config)
+        case "chat":
+            from training.modes import chat
+
+            return chat.run(config)
         case "report":
             from training.modes import report
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from model.config import DISPATCH_MODES, GATE_PRECISIONS, QUANT_MODES, RESIDUAL_LAYOUTS
 from training.config.fields import ConfigError, flag
 
-MODES = ("train", "plan", "doctor", "data", "eval", "generate", "report", "support")
+MODES = ("train", "plan", "doctor", "data", "eval", "generate", "chat", "report", "support")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -337,14 +337,16 @@ class GenerateConfig:
         "", "Text that --mode eval measures; none that holds it is trained on.", is_path=True
     )
     hidden: bool = flag(False, "Let --mode eval answer the hidden evaluation instead of a text.")
-    prompt: str = flag("", "Text that --mode generate continues.")
-    max_new_tokens: int = flag(128, "Most tokens that --mode generate writes.", minimum=1)
+    prompt: str = flag("", "Text that --mode generate continues and chat begins with.")
+    max_new_tokens: int = flag(
+        128, "Most tokens that --mode generate writes, and chat at a turn.", minimum=1
+    )
     temperature: float = flag(
         0.8, "Sampling temperature, also of sample texts; 0 = greedy.", minimum=0.0
     )
     top_k: int = flag(40, "Sample among the k likeliest tokens; 0 = all.", minimum=0)
     weights: str = flag(
         "last",
-        "Weights that eval and generate use: the last, or their average.",
+        "Weights that eval, generate and chat use: the last, or their average.",
         choices=("last", "ema"),
     )
