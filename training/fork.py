@@ -147,8 +147,8 @@ def return_to(trainer: Any, remembered: dict[str, Any]) -> None:
     trainer.optimizer.zero_grad()
     trainer.model.discard_step()
     trainer.load_state_dict(state)
-    services.recorder.rewind(state["run"]["recorder"])
     trainer.step = remembered["step"]
+    services.recorder.rewind(state["run"]["recorder"], step=trainer.step)
     services.audit.load_state_dict(state["run"]["audit"], step=trainer.step, model=trainer.model)
 
 

@@ -234,7 +234,7 @@ class SigmaTrainer:
         checkpoint = None if run.no_resume else self.services.store.load_newest()
         state = None if checkpoint is None else join_run_state(checkpoint)
         offset = None if state is None else state["run"]["recorder"]["metrics_offset"]
-        recorder.open(metrics_offset=offset)
+        recorder.open(metrics_offset=offset, step=checkpoint.step if checkpoint else 0)
         self.services.on_open()
         self.features.run("on_setup", replace(self.begin_step(), step=self.step))
         if checkpoint is not None and state is not None:
@@ -347,7 +347,7 @@ class SigmaTrainer:
             )
         state = join_run_state(checkpoint)
         self.load_state_dict(state, keep_position=keep_position)
-        self.services.recorder.rewind(state["run"]["recorder"])
+        self.services.recorder.rewind(state["run"]["recorder"], step=checkpoint.step)
         self._follow(checkpoint, state)
 
     def _relieve_memory(self) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.integration import runs
+from tests.integration.chaos_damage import flip_bit, tear_rows, truncate
 from tests.integration.chaos_life import HOME, PACE
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,7 @@ class Life:
         self.flags = runs.tiny_flags(self.run, *FLAGS, "--local-path", str(texts), *flags)
         self.environment = {
             **os.environ, HOME: str(home), PACE: str(pace_s), "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "",  # a start finds its bytecode, as anywhere else
         }  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
         self.exit_codes: Counter[int] = Counter()
@@ -233,12 +235,8 @@ class Tormentor:
             self.damaged.add(found[-1].parent.name)
 
     def tear_metrics(self) -> None:
-        if not self.kill_and_wait():
-            return
-        path = self.life.run / "metrics.jsonl"
-        data = path.read_bytes()
-        cut = data[: len(data) - self.draw.randrange(1, 400)]
-        path.write_bytes(cut + b"\0" * self.draw.choice([0, 0, 64]))
+        if self.kill_and_wait():
+            tear_rows(self.life.run, self.draw)
 
     def freeze(self) -> None:
         pid, start = self.life.trainer_pid(), time.monotonic()
@@ -259,17 +257,6 @@ class Tormentor:
             time.sleep(POLL_S)
         if code != 2:
             self.failures.append(f"a second start ended with {code}")
-
-
-def flip_bit(path: Path, draw: random.Random) -> None:
-    data = bytearray(path.read_bytes())
-    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    path.write_bytes(data)
-
-
-def truncate(path: Path, draw: random.Random) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: draw.randrange(len(data))])
 
 
 def torment(
@@ -320,8 +307,8 @@ def compare(life: Life, twin: Life) -> list[str]:
         return ["a run did not end"]
     found = [name for name in runs.differences(twin.run, life.run) if not name.startswith("row ")]
     ours, theirs = (rows_of(one.run) for one in (life, twin))
-    if ours.keys() != theirs.keys():
-        found.append("other steps are recorded")
+    if other := sorted(ours.keys() ^ theirs.keys()):
+        found.append(f"recorded in one run only: steps {other[:10]}")
     for step in sorted(ours.keys() & theirs.keys()):
         one, two = ours[step], theirs[step]
         found += [f"step {step}: {name}" for name in one if one[name] != two.get(name)]

@@ -12,6 +12,7 @@ scales and adjustment nothing is multiplied by one: the arithmetic is that of th
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -67,6 +68,12 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
     _adjustment: Adjustment | None = None
     _stacks: tuple[Tensor, ...] = ()
 
+    # torch's own, without the mark for compiled optimizer steps that wraps them: its first use
+    # loads the whole tracer of torch.compile, which is a third of what a start costs.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
     @abstractmethod
     def propose(self, params: list[Tensor], group: dict[str, Any]) -> Update:
         """Advance the state of `params`, which all have gradients, and return their directions."""
@@ -118,7 +125,7 @@ class ScaledOptimizer(torch.optim.Optimizer, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but every state tensor keeps the dtype it was saved in."""
-        super().load_state_dict(state_dict)
+        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         params = [param for group in self.param_groups for param in group["params"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, param in zip(indices, params):

@@ -70,20 +70,27 @@ class MetricsLog:
                 raise
             _LOG.warning("disk full: rows of %s are not safe yet", self.path)
 
-    def resume(self, offset: int) -> Path | None:
+    def resume(self, offset: int, *, last_step: int | None = None) -> Path | None:
         """Cut the file at a checkpoint's offset; the file the rows behind it were moved to.
 
-        An offset beyond the end (rows that a power loss took) keeps all there is; one inside a row
-        moves that row too.
+        An offset beyond the end (a medium has lost rows) keeps all there is; one inside a row
+        moves that row too. Rows above `last_step` go in any case: in a file that lost rows, those
+        of a later life stand where the checkpoint's own were.
         """
         self._waiting.clear()
-        if offset >= self._offset:
-            if offset > self._offset:
-                _LOG.warning("%s lost %d bytes of rows", self.path, offset - self._offset)
+        if offset > self._offset:
+            _LOG.warning("%s lost %d bytes of rows", self.path, offset - self._offset)
+        cut = max(0, min(offset, self._offset))
+        if cut and self._read(cut - 1, cut) != _NEWLINE:
+            cut = self._row_start(cut)
+        while last_step is not None and cut:
+            start = self._row_start(cut)
+            if _step_of(self._read(start, cut)) <= last_step:
+                break
+            cut = start
+        if cut == self._offset:
             return None
-        data = self._read(0, self._offset)
-        cut = 0 if offset <= 0 else data.rfind(_NEWLINE, 0, offset) + 1
-        orphan = self._write_orphan(data[cut:])
+        orphan = self._write_orphan(self._read(cut, self._offset))
         self._truncate(cut)
         return orphan
 
@@ -128,6 +135,16 @@ class MetricsLog:
         if not complete:
             write_all(self._ops, self._descriptor, _NEWLINE)
             self._offset += 1
+
+    def _row_start(self, end: int) -> int:
+        """Where the row begins whose bytes, or the first of them, end at `end`."""
+        window = TAIL_BYTES
+        while True:
+            start = max(0, end - window)
+            found = self._read(start, end - 1).rfind(_NEWLINE)
+            if found >= 0 or start == 0:
+                return start + found + 1
+            window *= 4
 
     def _read(self, start: int, end: int) -> bytes:
         """Bytes of the file; a descriptor of its own, as appending ones have no read position."""
@@ -201,3 +218,12 @@ def _is_row(line: bytes) -> bool:
         return isinstance(orjson.loads(line), dict)
     except orjson.JSONDecodeError:
         return False
+
+
+def _step_of(line: bytes) -> int:
+    """Step of a row; 0 for what is no row with a step."""
+    try:
+        step = orjson.loads(line)["step"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return 0
+    return step if isinstance(step, int) else 0

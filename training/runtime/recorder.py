@@ -50,11 +50,11 @@ class RunRecorder:
         self._opened = self._last_row_time = time.perf_counter()
         self._last_row_step = 0
 
-    def open(self, *, metrics_offset: int | None) -> None:
-        """Start a new metrics file, or continue one that a checkpoint knows the length of."""
+    def open(self, *, metrics_offset: int | None, step: int = 0) -> None:
+        """Start a new metrics file, or continue one whose length a checkpoint of `step` knows."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._log = MetricsLog(self.output_dir / "metrics.jsonl")
-        self._log.resume(0 if metrics_offset is None else metrics_offset)
+        self._log.resume(0 if metrics_offset is None else metrics_offset, last_step=step)
         if metrics_offset is None:
             (self.output_dir / "samples.jsonl").unlink(missing_ok=True)
 
@@ -147,10 +147,10 @@ class RunRecorder:
         self._wall_before = state["wall_s"]
         self._opened = time.perf_counter()
 
-    def rewind(self, state: dict[str, Any]) -> None:
-        """Go back to a checkpoint's records; rows written since are kept as an orphan file."""
+    def rewind(self, state: dict[str, Any], *, step: int) -> None:
+        """Go back to the records of `step`; rows written since are kept as an orphan file."""
         assert self._log is not None
-        self._log.resume(state["metrics_offset"])
+        self._log.resume(state["metrics_offset"], last_step=step)
         wall = self.wall_seconds()
         self.load_state_dict(state)
         self._wall_before = wall

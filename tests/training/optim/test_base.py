@@ -1,5 +1,9 @@
 """The common interface: plain arithmetic when undisturbed, scales and adjustments when asked."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -201,3 +205,22 @@ def test_state_keeps_its_dtype():
         assert resumed.state[new]["exp_avg"].dtype == torch.bfloat16
         assert torch.equal(resumed.state[new]["exp_avg"], optimizer.state[old]["exp_avg"])
         assert resumed.state[new]["exp_avg"] is not optimizer.state[old]["exp_avg"]
+
+
+def test_an_optimizer_does_not_load_the_compiler():
+    """Or every start would take half as long again."""
+    code = (
+        "import sys, torch\n"
+        "from training.optim.adamw import AdamW\n"
+        "def use(kind):\n"
+        "    weight = torch.nn.Parameter(torch.zeros(2, 2))\n"
+        "    optimizer = kind([weight], lr=0.1)\n"
+        "    weight.grad = torch.ones(2, 2)\n"
+        "    optimizer.step()\n"
+        "    optimizer.zero_grad()\n"
+        "    optimizer.load_state_dict(optimizer.state_dict())\n"
+        "    return 'torch._dynamo' in sys.modules\n"
+        "assert not use(AdamW)\n"
+        "assert use(torch.optim.AdamW)  # the control\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=True)

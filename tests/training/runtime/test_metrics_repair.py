@@ -126,6 +126,35 @@ def test_an_offset_behind_the_end_keeps_what_is_there(ram_path: Path) -> None:
     assert [p.name for p in ram_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("size", [0, TAIL_BYTES // 2], ids=["short rows", "rows of many windows"])
+def test_rows_behind_lost_ones_are_not_kept_twice(ram_path: Path, size: int) -> None:
+    """A checkpoint of step 3 knows more bytes than a medium kept, a later life wrote 4 and 5 in
+    their place and died: the next one must not write 4 beside what is there."""
+    path = ram_path / "metrics.jsonl"
+    known = write_rows(path, range(4), size=size)[3]
+    os.truncate(path, known - 3)
+    log = MetricsLog(path)
+    assert log.resume(known, last_step=3) is None
+    for life in range(3):
+        for step in range(4, 6):
+            log.append(make_row(step))
+        log.close()
+        log = MetricsLog(path)
+        orphan = log.resume(known, last_step=3)
+        assert orphan is not None and read_steps(orphan) == [4, 5]
+        assert read_steps(path) == [0, 1, 2], life
+    log.close()
+
+
+def test_what_is_no_row_ends_the_search_for_later_steps(ram_path: Path) -> None:
+    path = ram_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\n[9]\n{"loss":1}\n{"step":"x"}\n{"step":7}\n')
+    log = MetricsLog(path)
+    log.resume(log.offset, last_step=1)
+    log.close()
+    assert path.read_bytes().endswith(b'{"step":"x"}\n')
+
+
 def test_a_row_is_one_write(ram_path: Path) -> None:
     writes: list[bytes] = []
 
