@@ -54,23 +54,40 @@ class Trials:
 
 
 def kills_of_a_run(trials: Trials) -> None:
-    """R2: SIGKILL at random moments; after restarts all ends as in an unharmed run."""
-    from tests.integration.lives import begin_life, live_under_fire, reap, tiny_trainer
-    from tests.integration.runs import differences
-    from tests.integration.test_crash_and_kill import FLAGS
+    """R2: SIGKILL at random moments of runs that together hold every feature; after restarts all
+    ends as in an unharmed run."""
+    from tests.integration.full_runs import SETTINGS, open_full, write_sources
+    from tests.integration.lives import begin_life, live_under_fire, reap
+    from tests.integration.runs import differences, metrics_rows
 
-    unharmed, draw, runs = trials.home / "unharmed", random.Random(trials.seed), 0
-    if reap(begin_life(tiny_trainer(unharmed, *FLAGS))):
-        raise RuntimeError("the unharmed run failed")
+    draw, sources = random.Random(trials.seed), write_sources(trials.home)
+    calls: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for name in SETTINGS:
+        started = time.monotonic()
+        if reap(begin_life(open_full(name, trials.home / name, sources))):
+            raise RuntimeError(f"the unharmed run failed: {name}")
+        seconds[name] = time.monotonic() - started
+        for column, value in metrics_rows(trials.home / name)[-1].items():
+            if column.endswith("_effective_calls"):
+                calls[column] = calls.get(column, 0) + value
+    trials.facts |= {"runs": 0, "effective calls": calls, "kills": dict.fromkeys(SETTINGS, 0)}
+    trials.check(all(calls.values()), f"features without an effect: {calls}", count=0)
     while trials.open:
-        directory = trials.home / f"run{runs}"
-        trainer = tiny_trainer(directory, *FLAGS)
-        hits = live_under_fire(trainer, draw, kills=min(50, trials.wanted - trials.done))
-        found = differences(unharmed, directory)
-        trials.check(found == [], f"run {runs}: {found[:3]}", count=hits)
+        name = list(SETTINGS)[trials.facts["runs"] % len(SETTINGS)]
+        directory = trials.home / "harmed"
+        hits = live_under_fire(
+            open_full(name, directory, sources),
+            draw,
+            kills=min(25, trials.wanted - trials.done),
+            within_s=seconds[name] / 4,
+        )
+        found = differences(trials.home / name, directory)
+        number = trials.facts["runs"]
+        trials.check(found == [], f"run {number}, {name}: {found[:3]}", count=hits)
+        trials.facts["kills"][name] += hits
+        trials.facts["runs"] += 1
         remove(directory)
-        runs += 1
-    trials.facts["runs"] = runs
 
 
 def power_losses(trials: Trials) -> None:

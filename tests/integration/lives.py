@@ -44,15 +44,17 @@ def reap(pid: int) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def live_under_fire(trainer: SigmaTrainer, draw: random.Random, *, kills: int) -> int:
-    """Restart the run until it ends by itself, killing it at random moments of its first second.
+def live_under_fire(
+    trainer: SigmaTrainer, draw: random.Random, *, kills: int, within_s: float = 1.0
+) -> int:
+    """Restart the run until it ends by itself, killing it at random moments of its first seconds.
 
     At most `kills` kills; returns how many hit it alive.
     """
     hits = 0
     while True:
         pid = begin_life(trainer)
-        seconds = draw.uniform(0.0, 1.0) if hits < kills else LONGEST_LIFE_S
+        seconds = draw.uniform(0.0, within_s) if hits < kills else LONGEST_LIFE_S
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             done, status = os.waitpid(pid, os.WNOHANG)

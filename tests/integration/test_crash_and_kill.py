@@ -7,10 +7,12 @@ import signal
 
 import pytest
 
+from tests.integration.full_runs import SETTINGS, open_full, write_sources
 from tests.integration.lives import begin_life, live_under_fire, reap, tiny_trainer
 from tests.integration.runs import differences, newest_checkpoint, tiny_flags, train
 from training.build import build_trainer
 from training.config.cli import parse_args
+from training.features import FEATURES
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 FLAGS = ("--steps", "48", "--save-interval", "3", "--max-checkpoints", "4")
@@ -30,6 +32,19 @@ def test_fifty_kills_leave_no_trace(unharmed, tmp_path):
         runs += 1
         hits += live_under_fire(tiny_trainer(directory, *FLAGS), draw, kills=50 - hits)
         assert differences(unharmed, directory) == []
+
+
+def test_the_full_runs_hold_every_feature(tmp_path):
+    """Those that `scripts/soak.py R2` kills a thousand times."""
+    sources = write_sources(tmp_path)
+    runs = [open_full(name, tmp_path / name, sources) for name in SETTINGS]
+    held = {
+        feature.name
+        for trainer in runs
+        for feature in FEATURES
+        if feature.schedule(trainer.config) is not None
+    }
+    assert held == {feature.name for feature in FEATURES}
 
 
 @pytest.mark.parametrize("broken", ["training.sigma_trainer.restore_rng_state",
