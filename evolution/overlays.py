@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -33,6 +34,9 @@ class OverlayField:
 SCHEMA = {
     # Times the scheduled rate, beside what other controllers make of it.
     "lr_factor": OverlayField(default=1.0, minimum=0.25, maximum=4.0),
+    # Times what `--ttrl-interval` and the budget of updates per tick are without it.
+    "ttrl_interval": OverlayField(default=1.0, minimum=0.5, maximum=2.0),
+    "ttrl_budget": OverlayField(default=1.0, minimum=0.5, maximum=2.0),
 }
 
 
@@ -41,6 +45,8 @@ class Overlay:
     """A value for every field of SCHEMA. ValueError outside the bounds."""
 
     lr_factor: float = SCHEMA["lr_factor"].default
+    ttrl_interval: float = SCHEMA["ttrl_interval"].default
+    ttrl_budget: float = SCHEMA["ttrl_budget"].default
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -67,15 +73,16 @@ class Overlay:
         return cls(**{name: float(value) for name, value in values.items()})
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value:.4g}" for name, value in asdict(self).items())
+        moved = {name: v for name, v in asdict(self).items() if v != SCHEMA[name].default}
+        return ", ".join(f"{name} {value:.4g}" for name, value in moved.items()) or "no change"
 
 
 NEUTRAL = Overlay()
 
 
-def draw_overlay(rng: random.Random) -> Overlay:
-    """Any overlay within the bounds, uniform in the logarithm of each field."""
-    return Overlay(**{name: field.from_unit(rng.random()) for name, field in SCHEMA.items()})
+def draw_overlay(rng: random.Random, *, names: Sequence[str]) -> Overlay:
+    """Any overlay of these fields within the bounds, uniform in the logarithm of each."""
+    return Overlay(**{name: SCHEMA[name].from_unit(rng.random()) for name in names})
 
 
 def distance(first: Overlay, second: Overlay) -> float:

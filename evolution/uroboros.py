@@ -56,7 +56,7 @@ class SearchSettings:
     min_gain: mean difference / what the control gained; asked for only with `gain_enforced`.
     strict: a candidate whose arms spike more often than the control's is not promoted. window:
     replicates that are remembered. trials: overlays drawn per proposal. patches: candidates taken
-    from one draw.
+    from one draw. names: fields of an overlay that this run follows.
     """
 
     alpha: float = 0.05
@@ -67,6 +67,7 @@ class SearchSettings:
     window: int = 64
     trials: int = 8
     patches: int = 3
+    names: tuple[str, ...] = ("lr_factor",)
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -239,7 +240,7 @@ class Uroboros:
         if not self._queue:
             drawn: list[Overlay] = []
             while len(drawn) < self.settings.trials:
-                overlay = draw_overlay(rng)
+                overlay = draw_overlay(rng, names=self.settings.names)
                 if distance(overlay, self.in_force) >= LEAST_DISTANCE:
                     drawn.append(overlay)
             ranked = sorted(drawn, key=self._acquisition, reverse=True)  # stable: ties as drawn

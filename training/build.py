@@ -33,7 +33,7 @@ from training.micro_batch import MicroBatchPlan
 from training.optimizer import OptimizerSet, state_settings
 from training.optimizer import build_optimizer as optimizer_for
 from training.probe import Probe, hold_out, probe_batches
-from training.run_policy import LR, Knob, RunPolicy
+from training.run_policy import LR, TTRL_BUDGET, TTRL_INTERVAL, Knob, RunPolicy
 from training.run_services import RunServices
 from training.runtime.checkpoint import CheckpointStore
 from training.runtime.clock import PhaseClock
@@ -95,8 +95,17 @@ def build_probe(
 
 def build_policy(config: SigmaConfig) -> RunPolicy:
     """What this run's controllers can turn."""
-    rule = config.self_evolve
-    return RunPolicy({LR: Knob(lowest=rule.lr_min_factor, highest=rule.lr_max_factor)})
+    rule, interval = config.self_evolve, config.ttrl.interval
+    knobs = {LR: Knob(lowest=rule.lr_min_factor, highest=rule.lr_max_factor)}
+    if interval:
+        knobs[TTRL_INTERVAL] = Knob(
+            base=interval,
+            lowest=min(1.0, rule.ttrl_interval_min / interval),
+            highest=max(1.0, rule.ttrl_interval_max / interval),
+        )
+        # The learner holds the budget itself within its bounds.
+        knobs[TTRL_BUDGET] = Knob(base=config.ttrl.budget_max, lowest=0.25, highest=4.0)
+    return RunPolicy(knobs)
 
 
 def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:

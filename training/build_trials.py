@@ -10,6 +10,7 @@ from research.journal import Journal
 from training.config.sigma_config import SigmaConfig
 from training.overlay_trials import OverlayTrials, TrialSettings
 from training.probe import Probe
+from training.run_policy import TTRL_BUDGET, TTRL_INTERVAL
 from training.trial_journal import TrialJournal
 
 
@@ -30,6 +31,7 @@ def build_trials(
         window=own.window_size,
         trials=own.bo_trials,
         patches=own.patch_trials,
+        names=("lr_factor", *((TTRL_INTERVAL, TTRL_BUDGET) if config.ttrl.interval else ())),
     )
     trials = TrialSettings(
         interval=own.interval,

@@ -7,7 +7,8 @@ trials, to the bit. What a promotion replaced is kept until three more replicate
 against it; if they do, the run returns to the step of the promotion.
 
 Everything that follows is a function of the state after a step, so a run that is stopped anywhere
-repeats what it had not finished. Decisions: `evolution/uroboros.py`.
+repeats what it had not finished. A replicate is an experiment and holds the run's token meanwhile
+(arbitration.py). Decisions: `evolution/uroboros.py`.
 """
 
 from __future__ import annotations
@@ -132,6 +133,8 @@ class OverlayTrials:
         steps = min(self.settings.steps, ctx.total_steps - ctx.step)
         if ctx.step - self.begun < self.settings.interval or steps < LEAST_STEPS:
             return False
+        if not ctx.policy.token.take(FEATURE, step=ctx.step):
+            return False
         assert ctx.rng is not None
         rng = random.Random(int(torch.randint(2**62, (), generator=ctx.rng)))
         tested = self.search.tested
@@ -159,6 +162,7 @@ class OverlayTrials:
             self.arm, self.norms, self.phase = arm, [], Phase.OWN_ARM
             return True
         self.phase = Phase.IDLE
+        trainer.services.policy.token.give_back(FEATURE)
         if arm.outcome is ArmEnd.NO_MEMORY:
             self._say(f"step {self.begun}: no memory for a second arm, no trial this time")
         elif self.search.watch is not None:
@@ -215,6 +219,7 @@ class OverlayTrials:
             reason=verdict.reason,
         )
         self.arm, self.phase = None, Phase.IDLE
+        ctx.policy.token.give_back(FEATURE)
         self._follow(ctx.step, verdict)
         return True
 

@@ -27,10 +27,10 @@ class RLService:
     timed: Callable[[], AbstractContextManager[Any]]
     mark: Callable[[str, int], None]
 
-    def tick(self, *, seed: int, weight: float) -> Outcome:
+    def tick(self, *, seed: int, weight: float, budget_factor: float = 1.0) -> Outcome:
         """One tick; its effects are counted for the features they belong to."""
         with self.timed():
-            result = self.learner.tick(seed=seed, weight=weight)
+            result = self.learner.tick(seed=seed, weight=weight, budget_factor=budget_factor)
         for name, count in result.effects.items():
             if count:
                 self.mark(name, count)

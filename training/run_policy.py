@@ -15,6 +15,8 @@ from typing import Any
 from training.arbitration import ExperimentToken
 
 LR = "lr"
+TTRL_INTERVAL = "ttrl_interval"
+TTRL_BUDGET = "ttrl_budget"
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)

@@ -1,9 +1,12 @@
-"""A bounded rule on the learning rate: up while the probe loss falls, down when it rises.
+"""Bounded rules on a run: the learning rate by the probe loss, the pace of RL by memory.
 
 The slope of the last probe losses, all of one batch, over its standard error is the signal: above
 2, or after a gradient whose norm lies more than four robust deviations above the median, the factor
 is lowered; below -2 it is raised. A loss that falls as losses do while a model learns is nearly
 always significant, so in a healthy run the rule climbs to its upper bound.
+
+RL gets rarer and shorter while the device holds more memory than it should, and more frequent while
+there is room and the pass rate on validation tasks rises. What a CPU holds is not looked at.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ SPIKE = 4.0  # robust deviations
 DEVIATION_OF_MEDIAN = 1.4826  # of a normal variable: its deviation / median absolute deviation
 SMALLEST_SPREAD = 1e-3  # of the median
 LEAST_NORMS = 8
+ROOM = 0.9  # of the memory target, below which RL may get more frequent
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -97,6 +101,63 @@ class LearningRateRule:
         self.factor, self._pending = state["factor"]
         self.slope_t, self.is_spike = state["last"]
         self.losses, self._norms = list(state["losses"]), list(state["norms"])
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class PaceSettings:
+    """interval, budget: what the flags say; the interval stays in [shortest, longest], the budget
+    in [1, budget]. target_gb: of device memory."""
+
+    interval: int
+    budget: int
+    shortest: int = 2
+    longest: int = 16
+    target_gb: float = 10.5
+
+
+class PaceRule:
+    """Steps between RL ticks and updates per tick; `settle` carries out what was decided last."""
+
+    def __init__(self, settings: PaceSettings) -> None:
+        self.settings = settings
+        self.interval, self.budget = settings.interval, settings.budget
+        self.task_val = math.nan
+        self._pending = [0, 0]
+
+    def observe(self, *, reserved_gb: float, task_val: float) -> None:
+        """Take the memory held now and the newest pass rate, nan while there is none."""
+        own, improving = self.settings, task_val > self.task_val
+        if reserved_gb > own.target_gb:
+            self._pending = [1, -1]
+        elif reserved_gb < ROOM * own.target_gb and improving:
+            self._pending = [-1, 0]
+        else:
+            self._pending = [0, 0]
+        self.task_val = task_val
+
+    def settle(self) -> tuple[float, float]:
+        """Carry out the last decision, once; the factors on interval and budget.
+
+        An interval that the flags put outside the bounds is left alone until it is told to move
+        towards them.
+        """
+        own = self.settings
+        shortest, longest = min(own.shortest, own.interval), max(own.longest, own.interval)
+        self.interval = min(longest, max(shortest, self.interval + self._pending[0]))
+        self.budget = max(1, self.budget + self._pending[1])
+        self._pending = [0, 0]
+        return self.interval / own.interval, self.budget / own.budget
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "now": [self.interval, self.budget],
+            "task_val": self.task_val,
+            "pending": list(self._pending),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.interval, self.budget = state["now"]
+        self.task_val, self._pending = state["task_val"], list(state["pending"])
 
 
 def slope_statistic(values: Sequence[float]) -> float:

@@ -66,13 +66,13 @@ class TickClock:
         self.last_tick = 0
         self.activation_step: int | None = None
 
-    def is_due(self, step: int, *, real_batches: int) -> bool:
-        """Whether `step` ticks; steps are asked in order."""
+    def is_due(self, step: int, *, real_batches: int, factor: float = 1.0) -> bool:
+        """Whether `step` ticks; steps are asked in order. factor: on the spacing, at this step."""
         if self.activation_step is None:
             if not self.settings.is_open(step, real_batches=real_batches):
                 return False
             self.activation_step = step
-        if step - self.last_tick < self.settings.spacing(step):
+        if step - self.last_tick < factor * self.settings.spacing(step):
             return False
         self.last_tick = step
         return True

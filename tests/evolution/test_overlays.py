@@ -27,7 +27,7 @@ def test_the_default_changes_nothing():
 
 @given(st.integers(0, 2**32))
 def test_draws_stay_within_the_bounds(seed):
-    overlay = draw_overlay(random.Random(seed))
+    overlay = draw_overlay(random.Random(seed), names=tuple(SCHEMA))
     assert all(0.0 <= place <= 1.0 for place in overlay.point)
     assert Overlay.from_dict(overlay.to_dict()) == overlay
 
@@ -44,3 +44,11 @@ def test_a_proposal_survives_being_written_down():
         what="overlay", old=NEUTRAL, new=Overlay(lr_factor=2.5), reason="why", seed=7
     )
     assert Proposal.from_dict(proposal.to_dict()) == proposal
+
+
+def test_only_the_fields_that_are_named_are_drawn():
+    overlay = draw_overlay(random.Random(1), names=("lr_factor",))
+    assert overlay.lr_factor != 1.0 and overlay.ttrl_interval == overlay.ttrl_budget == 1.0
+    # The numbers of a run without RL do not depend on which fields there could be.
+    assert overlay.lr_factor == draw_overlay(random.Random(1), names=tuple(SCHEMA)).lr_factor
+    assert "ttrl" not in str(overlay) and str(NEUTRAL) == "no change"

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from training.self_evolve import LearningRateRule, RuleSettings, is_spike, slope_statistic
+from training.self_evolve import (
+    LearningRateRule,
+    PaceRule,
+    PaceSettings,
+    RuleSettings,
+    is_spike,
+    slope_statistic,
+)
 
 SHORT = RuleSettings(history=6)
 QUIET = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.02, 0.98]
@@ -129,3 +136,43 @@ def test_it_resumes_exactly(cut):
             rule.observe(losses[number], grad_norms=[norms[number]])
             rule.settle()
     assert one.state_dict() == two.state_dict() and one.factor == two.factor
+
+
+def paces(looks, *, settings=None):
+    """Interval and budget after each look at (GiB held, pass rate)."""
+    rule = PaceRule(settings or PaceSettings(interval=8, budget=4))
+    found = []
+    for held, rate in looks:
+        rule.observe(reserved_gb=held, task_val=rate)
+        rule.settle()
+        found.append((rule.interval, rule.budget))
+    return found
+
+
+def test_rl_gets_rarer_and_shorter_above_the_memory_target():
+    assert paces([(11.0, math.nan)] * 10) == [
+        (9, 3), (10, 2), (11, 1), (12, 1), (13, 1), (14, 1), (15, 1), (16, 1), (16, 1), (16, 1),
+    ]  # fmt: skip
+
+
+def test_rl_gets_more_frequent_with_room_and_a_rising_pass_rate_only():
+    looks = [(0.0, 0.1), (0.0, 0.2), (0.0, 0.2), (0.0, 0.1), (10.0, 0.3), (9.4, 0.4)]
+    assert [interval for interval, _ in paces(looks)] == [8, 7, 7, 7, 7, 6]
+    rising = [(0.0, 0.01 * n) for n in range(20)]
+    assert paces(rising)[-1] == (2, 4)
+
+
+def test_an_interval_outside_the_bounds_is_left_alone():
+    assert paces([(0.0, 0.5)], settings=PaceSettings(interval=1, budget=1)) == [(1, 1)]
+    assert paces([(11.0, 0.5)], settings=PaceSettings(interval=32, budget=1)) == [(32, 1)]
+
+
+def test_a_pace_is_carried_out_once_and_its_state_is_all_there_is():
+    rule = PaceRule(PaceSettings(interval=8, budget=4))
+    rule.observe(reserved_gb=11.0, task_val=0.5)
+    copy = PaceRule(rule.settings)
+    copy.load_state_dict(rule.state_dict())
+    assert copy.settle() == rule.settle() == (9 / 8, 3 / 4)
+    assert rule.settle() == (9 / 8, 3 / 4)
+    copy.observe(reserved_gb=0.0, task_val=0.6)
+    assert copy.settle() == (1.0, 3 / 4)

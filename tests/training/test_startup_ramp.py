@@ -72,3 +72,11 @@ def test_a_resumed_clock_ticks_where_the_whole_one_did(stop):
     resumed = TickClock(ramp)
     resumed.load_state_dict(clock.state_dict())
     assert begun + ticks(ramp, 80, real_from=5, clock=resumed, first=stop + 1) == whole
+
+
+def test_a_factor_on_the_spacing_holds_while_it_is_given():
+    clock, found = TickClock(settings(interval=4, ramp_steps=0)), []
+    for step in range(1, 25):
+        if clock.is_due(step, real_batches=step, factor=1.25 if 8 <= step < 16 else 1.0):
+            found.append(step)
+    assert found == [4, 9, 14, 18, 22]

@@ -25,6 +25,15 @@ class SelfEvolveConfig:
     lr_max_factor: float = flag(
         1.80, "Upper bound of all factors on the learning rate.", minimum=1.0, maximum=100.0
     )
+    ttrl_interval_min: int = flag(
+        2, "Lower bound of the RL interval, whatever turns it.", minimum=1, maximum=10**6
+    )
+    ttrl_interval_max: int = flag(
+        16, "Upper bound of the RL interval, whatever turns it.", minimum=1, maximum=10**6
+    )
+    target_reserved_gb: float = flag(
+        10.5, "Reserved GPU memory in GiB above which RL gets rarer and shorter.", above=0.0
+    )
     shuffled: bool = flag(False, "Placebo: put the probe values in a random order.")
 
 

@@ -162,12 +162,11 @@ class SigmaConfig:
         return next((flag for flag, is_on in asking.items() if is_on), None)
 
     def _validate_policy(self) -> None:
-        own = self.self_improver
-        if self.uroboros.enabled and (own.enabled or self.self_evolve.interval):
-            other = "--self-improver-enabled" if own.enabled else "--self-evolve-interval"
+        own, rule = self.self_improver, self.self_evolve
+        if rule.ttrl_interval_min > rule.ttrl_interval_max:
             raise ConfigError(
-                f"--uroboros-enabled and {other} would each take the other's effect on the "
-                "learning rate for its own; leave one of them out"
+                f"--self-evolve-ttrl-interval-min {rule.ttrl_interval_min} must not exceed "
+                f"--self-evolve-ttrl-interval-max {rule.ttrl_interval_max}"
             )
         if not own.sigma_min <= own.mutation_sigma <= own.sigma_max:
             raise ConfigError(

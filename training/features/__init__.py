@@ -26,9 +26,9 @@ FEATURES: tuple[type[Feature], ...] = (
     AsymVerifyFeature,
     RlAutoMixFeature,
     SelfImproverFeature,
-    SelfEvolveFeature,  # changes at boundaries, which the one before makes
+    UroborosFeature,
+    SelfEvolveFeature,  # changes at boundaries, which the two before make
     CurriculumFeature,
     DiffMlaFeature,
     EmaFeature,  # averages the weights as the step leaves them
-    UroborosFeature,
 )

@@ -15,6 +15,7 @@ import torch
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import Feature, Schedule
+from training.run_policy import TTRL_BUDGET, TTRL_INTERVAL
 from training.startup_ramp import TickClock, ramp_of
 
 LARGEST_SEED = 2**62
@@ -46,9 +47,15 @@ class SigmaRLFeature(Feature):
     def after_step(self, ctx: StepContext) -> bool:
         rl = ctx.rl
         assert rl is not None and ctx.rng is not None
-        if self.clock.is_due(ctx.step, real_batches=rl.real_batches(ctx.step)):
+        spacing = ctx.policy.multiplier(TTRL_INTERVAL)
+        real_batches = rl.real_batches(ctx.step)
+        if self.clock.is_due(ctx.step, real_batches=real_batches, factor=spacing):
             seed = int(torch.randint(LARGEST_SEED, (), generator=ctx.rng))
-            result = rl.tick(seed=seed, weight=self.clock.settings.weight(ctx.step))
+            result = rl.tick(
+                seed=seed,
+                weight=self.clock.settings.weight(ctx.step),
+                budget_factor=ctx.policy.multiplier(TTRL_BUDGET),
+            )
             known = {k: v for k, v in result.metrics.items() if not math.isnan(v)}
             self.row = {**dict.fromkeys(result.metrics, math.nan), **self.row, **known}
         for name, value in self.row.items():

@@ -1,4 +1,4 @@
-"""Feature `uroboros`: tries overlays of the learning rate against a control that runs beside them.
+"""Feature `uroboros`: tries overlays of the run's settings against a control that runs beside them.
 
 It ends and begins replicates after steps and makes steps follow the overlay in force; the arms run
 between steps (`training/overlay_trials.py`). A recorded paired difference counts as an effect.
@@ -12,6 +12,7 @@ from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import Feature, Schedule
 from training.overlay_trials import FEATURE, OverlayTrials
+from training.run_policy import TTRL_BUDGET, TTRL_INTERVAL
 
 
 class UroborosFeature(Feature):
@@ -32,6 +33,16 @@ class UroborosFeature(Feature):
 
     def on_setup(self, ctx: StepContext) -> bool:
         self._trials = ctx.trials
+        ctx.policy.enroll(self.name)
+        return False
+
+    def on_batch(self, ctx: StepContext) -> bool:
+        overlay, policy = self.trials.overlay_now, ctx.policy
+        for name in policy.present((TTRL_INTERVAL, TTRL_BUDGET)):
+            factor = getattr(overlay, name)
+            proposal = policy.propose(name, factor, by=self.name, reason="overlay in force")
+            if proposal is not None:
+                policy.apply(proposal)
         return False
 
     def before_optim(self, ctx: StepContext) -> bool:

@@ -24,9 +24,10 @@ class RepeatBudget:
         self.value = lowest
         self._below = self._above = 0
 
-    def repeats(self, mean_reward: float) -> int:
-        """Updates on a group of this mean reward in [0, 1]."""
-        return round(1 + (self.value - 1) * (1.0 - min(1.0, max(0.0, mean_reward))))
+    def repeats(self, mean_reward: float, *, factor: float = 1.0) -> int:
+        """Updates on a group of this mean reward in [0, 1]; factor: on the budget, this time."""
+        budget = min(self.highest, max(self.lowest, factor * self.value))
+        return round(1 + (budget - 1) * (1.0 - min(1.0, max(0.0, mean_reward))))
 
     def observe(self, mean_reward: float) -> None:
         """Count a tick; a mean reward of exactly 0.5 ends both rows."""

@@ -92,8 +92,9 @@ class Learner:
     def _modes(self) -> tuple[str, ...]:
         return (self.settings.mode,) if self.mix is None else MIXED_MODES
 
-    def tick(self, *, seed: int, weight: float = 1.0) -> TickResult:
-        """One tick whose steps are `weight` times as long as --sigma-rl-lr.
+    def tick(self, *, seed: int, weight: float = 1.0, budget_factor: float = 1.0) -> TickResult:
+        """One tick whose steps are `weight` times as long as --sigma-rl-lr, and `budget_factor`
+        times as many, within the budget's bounds.
 
         A tick that finds no memory before it has moved a weight is made again with half the
         completions per forward of the update.
@@ -101,7 +102,7 @@ class Learner:
         before = (self.sampler.state_dict(), self.update.num_ticks)
         while True:
             try:
-                return self._tick(seed=seed, weight=weight)
+                return self._tick(seed=seed, weight=weight, budget_factor=budget_factor)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self._stepped or not self._halve():
                     raise
@@ -111,7 +112,7 @@ class Learner:
             self.sampler.load_state_dict(before[0])
             self.update.num_ticks = before[1]
 
-    def _tick(self, *, seed: int, weight: float) -> TickResult:
+    def _tick(self, *, seed: int, weight: float, budget_factor: float) -> TickResult:
         self._stepped = False
         rng = random.Random(seed)
         self.update.begin_tick()
@@ -123,7 +124,7 @@ class Learner:
         batches = self._batches(made, seed=rng.getrandbits(62))
         self._tokens += made.num_tokens
         blend, arm = self._blend(made, rng)
-        repeats = self.budget.repeats(mean_reward) if batches else 0
+        repeats = self.budget.repeats(mean_reward, factor=budget_factor) if batches else 0
         reports: list[UpdateReport] = []
         for _ in range(repeats):
             reports.append(self.update.step(batches, blend=blend, weight=weight))

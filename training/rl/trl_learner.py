@@ -54,9 +54,9 @@ class TrlLearner:
         self._verifier = verifier
         self._facts = facts
 
-    def tick(self, *, seed: int, weight: float = 1.0) -> Any:
+    def tick(self, *, seed: int, weight: float = 1.0, budget_factor: float = 1.0) -> Any:
         """The learner's result, with the columns and effects of the GRPO step in it."""
-        result = self.learner.tick(seed=seed, weight=weight)
+        result = self.learner.tick(seed=seed, weight=weight, budget_factor=budget_factor)
         rng = random.Random(f"{seed} grpo")
         tasks = [self.learner.sampler.draw() for _ in range(self._num_tasks)]
         for group in self._optimizer.param_groups:

@@ -47,6 +47,8 @@ FITTING = {
     "sigma_rl.sigma_rl_dispo_clip": st.lists(FRACTION, min_size=4, max_size=4).map(
         lambda widths: ",".join(map(repr, widths))
     ),
+    "self_evolve.ttrl_interval_min": st.integers(1, 8),
+    "self_evolve.ttrl_interval_max": st.integers(8, 10**6),
     "self_improver.sigma_min": st.floats(0.001, 0.02),
     "self_improver.mutation_sigma": st.floats(0.02, 0.3),
     "self_improver.sigma_max": st.floats(0.3, 9.0),
@@ -91,8 +93,6 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
     if config.fractal.arch_search:
         config.c3o.credit_enabled = config.precision.torch_compile = False
         config.optim.optimizer = "muon"
-    if config.uroboros.enabled:  # of controllers of one learning rate there may be one
-        config.self_improver.enabled, config.self_evolve.interval = False, 0
     if config.probe_flag() or config.fractal.arch_search:
         config.stream.data_backend = "embedded"
     if config.ttrl.interval:

@@ -42,3 +42,11 @@ def test_its_state_and_its_bounds():
     assert budget.value == other.value == 3
     with pytest.raises(ValueError, match="--ttrl-budget-min"):
         RepeatBudget(lowest=2, highest=1)
+
+
+@pytest.mark.parametrize(("factor", "repeats"), [(1.0, 2), (1.5, 3), (0.5, 1), (99.0, 4)])
+def test_a_factor_holds_for_one_tick_and_within_the_bounds(factor, repeats):
+    budget = RepeatBudget(lowest=1, highest=4)
+    for _ in range(4):
+        budget.observe(0.1)
+    assert budget.repeats(0.0, factor=factor) == repeats and budget.value == 2
