@@ -80,7 +80,8 @@ class SelfEvolveFeature(Feature):
             reason = f"slope {rule.slope_t:.3g} standard errors, spike: {rule.is_spike}"
             changed = self._apply(ctx, {LR: rule.settle()}, reason)
             if self.pace is not None:
-                factors = dict(zip((TTRL_INTERVAL, TTRL_BUDGET), self.pace.settle()))
+                interval, budget = self.pace.settle()
+                factors = {TTRL_INTERVAL: interval, TTRL_BUDGET: budget}
                 changed |= self._apply(ctx, factors, f"task-val {self.pace.task_val:.3g}")
         if self.pace is not None:
             ctx.log("self_evolve_ttrl_interval", float(self.pace.interval))
