@@ -92,6 +92,10 @@ def dispatch(config: SigmaConfig) -> int:
             from training.modes import chat
 
             return chat.run(config)
+        case "export":
+            from training.modes import export
+
+            return export.run(config)
         case "report":
             from training.modes import report
 

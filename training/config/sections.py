@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from model.config import DISPATCH_MODES, GATE_PRECISIONS, QUANT_MODES, RESIDUAL_LAYOUTS
 from training.config.fields import ConfigError, flag
 
-MODES = ("train", "plan", "doctor", "data", "eval", "generate", "chat", "report", "support")
+MODES = (
+    "train",
+    "plan",
+    "doctor",
+    "data",
+    "eval",
+    "generate",
+    "chat",
+    "export",
+    "report",
+    "support",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -347,6 +358,6 @@ class GenerateConfig:
     top_k: int = flag(40, "Sample among the k likeliest tokens; 0 = all.", minimum=0)
     weights: str = flag(
         "last",
-        "Weights that eval, generate and chat use: the last, or their average.",
+        "Weights that eval, generate, chat and export use: the last, or their average.",
         choices=("last", "ema"),
     )

@@ -40,8 +40,8 @@ DEVIATIONS = {
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
     ("--residual-layout", "default"): ("two-stream", "FLAGS.md leaves it to measurement"),
     ("--mode", "type"): (
-        "{train,plan,doctor,data,eval,generate,chat,report,support}",
-        "export and watch do not exist yet",
+        "{train,plan,doctor,data,eval,generate,chat,export,report,support}",
+        "watch does not exist yet",
     ),
     ("--data-backend", "type"): (
         "{embedded,local,hf,commoncrawl,hybrid}",
