@@ -15,7 +15,7 @@ class CurriculumFeature(Feature):
 
     def __init__(self, boundaries: tuple[float, ...]) -> None:
         self.boundaries = boundaries
-        self.divisor: int | None = None
+        self.divisor = 1  # whole rows, as without the feature
 
     @classmethod
     def schedule(cls, config: SigmaConfig) -> Schedule | None:
