@@ -6,9 +6,10 @@ A model of each seed reads the text of scripts/rl_text.py; then every arm goes o
 training tasks and is examined on held-out ones, which no arm has seen (their prompts are in the
 text, with its slips). `verifier` is rewarded by verdicts and shown no solution; `permuted` gets the
 same rewards on the wrong completions of a group, `random` gets drawn ones; `sft` is shown solutions
-for as much processor time as `verifier` took; `majority` is rewarded by the vote of its own
-samples. On products, of which the majority is wrong, `wrong_abstain` may abstain and `wrong_forced`
-may not.
+for as much processor time as `verifier` took. `majority` is rewarded by the vote of its own samples
+and `majority_random` by drawn rewards, all else alike. The arms `misled_` start from a model whose
+majority is wrong: `misled_abstain` may abstain, `misled_forced` takes every vote for a label, and
+`misled_random` is their placebo.
 
 The file is written after every arm, and an arm that it holds is not run again.
 """
@@ -35,7 +36,6 @@ from scripts.bench_common import cpu_name, load_average
 from scripts.paired import compare
 from scripts.rl_text import (
     FAMILIES,
-    WRONG_FAMILY,
     FixedLevels,
     byte_tokenizer,
     examine,
@@ -53,45 +53,42 @@ from training.rl.verifier import Verifier
 from training.tokenizer import Tokenizer
 
 WHAT = "Does reinforcement learning learn? Arms from one small model, and their placebos."
-TICKS, TASKS, LR = 80, 64, 6e-4
-KL, VOTED_LR, VOTED_KL, VOTED_TICKS = 0.02, 3e-4, 0.5, 60  # votes err: shorter steps, on a leash
+TICKS, TASKS, LR, KL = 80, 64, 6e-4, 0.02
+VOTED_TICKS, VOTED_LR = 160, 1.5e-4  # votes err: shorter steps, and more of them
 SAMPLING = CandidateSettings(group_size=8, max_new_tokens=6, temperature=0.8, top_k=40)
-# 16 votes, of which the policy learns from 8.
-VOTING = replace(SAMPLING, label_mode="majority", asym=True, pool_multiplier=2.0, topk=8)
-MANY_VOTES = replace(VOTING, pool_multiplier=8.0)
+# 32 votes, of which the policy learns from 8.
+VOTING = replace(SAMPLING, label_mode="majority", asym=True, pool_multiplier=4.0, topk=8)
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class Arm:
     """What is learned from which rewards; without settings, from solutions."""
 
-    families: tuple[str, ...] = FAMILIES
     settings: CandidateSettings | None = SAMPLING
     tasks: int = TASKS
     ticks: int = TICKS
     lr: float = LR
-    kl: float = KL
+    misled: bool = False
+
+    @property
+    def start(self) -> str:
+        """Name of the scores of the model that it goes on from."""
+        return "misled_start" if self.misled else "start"
 
 
-VOTED = Arm(settings=VOTING, lr=VOTED_LR, kl=VOTED_KL, ticks=VOTED_TICKS)
-LOOSE = Arm(settings=MANY_VOTES, tasks=16, lr=2e-4)  # 64 votes, but the usual penalty
-PRODUCTS = (WRONG_FAMILY,)
+VOTED = Arm(settings=VOTING, lr=VOTED_LR, ticks=VOTED_TICKS)
+DRAWN = replace(VOTED, settings=replace(SAMPLING, placebo="random"))
+FORCED = replace(VOTED, settings=replace(VOTING, majority_min_share=0.0))
 ARMS = {
     "verifier": Arm(),
     "permuted": Arm(settings=replace(SAMPLING, placebo="permuted")),
     "sft": Arm(settings=None),
-    "majority": VOTED,
     "random": Arm(settings=replace(SAMPLING, placebo="random")),
-    "wrong_abstain": replace(VOTED, families=PRODUCTS),
-    "wrong_forced": replace(
-        VOTED, families=PRODUCTS, settings=replace(VOTING, majority_min_share=0.0)
-    ),
-    "loose_majority_16": Arm(settings=VOTING, lr=2e-4),
-    "loose_majority_64": LOOSE,
-    "loose_wrong_abstain": replace(LOOSE, families=PRODUCTS),
-    "loose_wrong_forced": replace(
-        LOOSE, families=PRODUCTS, settings=replace(MANY_VOTES, majority_min_share=0.0)
-    ),
+    "majority": VOTED,
+    "majority_random": DRAWN,
+    "misled_abstain": replace(VOTED, misled=True),
+    "misled_forced": replace(FORCED, misled=True),
+    "misled_random": replace(DRAWN, misled=True),
 }
 
 
@@ -106,11 +103,11 @@ def reinforce(
         update=PolicyUpdate(
             model,
             UpdateSettings(
-                main="cispo", clip=ClipSettings(), lr=arm.lr, entropy_weight=0.001, kl_weight=arm.kl
+                main="cispo", clip=ClipSettings(), lr=arm.lr, entropy_weight=0.001, kl_weight=KL
             ),
         ),
-        sampler=FixedLevels(arm.families, seed=seed),
-        val_sampler=FixedLevels(arm.families, split="val", seed=seed),
+        sampler=FixedLevels(FAMILIES, seed=seed),
+        val_sampler=FixedLevels(FAMILIES, split="val", seed=seed),
     )
     curve = []
     for tick in range(arm.ticks):
@@ -150,10 +147,10 @@ def supervise(model: SigmaLLM, tokenizer: Tokenizer, *, seconds: float, seed: in
     return steps
 
 
-def scores_of(model: SigmaLLM, tokenizer: Tokenizer, families: Sequence[str]) -> dict[str, Any]:
+def scores_of(model: SigmaLLM, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         family: examine(model, tokenizer, held_out_tasks(family), SAMPLING).to_dict()
-        for family in families
+        for family in FAMILIES
     }
 
 
@@ -170,7 +167,7 @@ def run_arm(
         result["curve"] = reinforce(model, tokenizer, own, seed=seed)
     result["cpu_s"] = round(time.process_time() - started, 2)
     result["wall_s"] = round(time.perf_counter() - clock, 2)
-    return result | {"scores": scores_of(model, tokenizer, own.families)}
+    return result | {"scores": scores_of(model, tokenizer)}
 
 
 def summarize(seeds: dict[str, Any]) -> list[dict[str, Any]]:
@@ -178,10 +175,10 @@ def summarize(seeds: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for arm, own in ARMS.items():
         done = [found for found in seeds.values() if arm in found["arms"]]
-        for family in own.families:
+        for family in FAMILIES:
             for name in ("sampled", "greedy", "majority"):
                 after = [found["arms"][arm]["scores"][family][name] for found in done]
-                before = [found["start"][family][name] for found in done]
+                before = [found[own.start][family][name] for found in done]
                 row: dict[str, Any] = {"arm": arm, "family": family, "score": name}
                 if len(done) >= 2:
                     found = compare(after, before)
@@ -219,10 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for arm in options.arms.split(","):
             if arm in own["arms"]:
                 continue
-            model = pretrained(seed, tokenizer, directory=options.work, say=print)
-            if "start" not in own:
-                own["start"] = scores_of(model, tokenizer, (*FAMILIES, WRONG_FAMILY))
-                print(json.dumps({"seed": seed, "start": own["start"]}), flush=True)
+            start, misled = ARMS[arm].start, ARMS[arm].misled
+            model = pretrained(seed, tokenizer, directory=options.work, misled=misled, say=print)
+            if start not in own:
+                own[start] = scores_of(model, tokenizer)
+                print(json.dumps({"seed": seed, start: own[start]}), flush=True)
             budget = own["arms"].get("verifier", {}).get("cpu_s", 0.0)
             own["arms"][arm] = run_arm(arm, model, tokenizer, seed=seed, budget_s=budget)
             said = {name: own["arms"][arm][name] for name in ("cpu_s", "scores")}

@@ -1,9 +1,10 @@
 """The small world of scripts/rl_learns.py: a text with slips, a model that read it, an examination.
 
 The text is the embedded corpus and lines of arithmetic by somebody who errs: every third sum or
-difference is off by 1, 2 or 10. Products are worse: the commonest answer to each is a wrong one,
-always the same slip. So the model comes out unsure of sums and differences, on which a majority is
-usually right, and has a wrong majority on products.
+difference is off by 1, 2 or 10. So the model comes out unsure of them, but its majority is usually
+right. In the misled text, as with products in both, the commonest answer to each is a wrong one,
+always by the same slip, and the right one comes second: there the majority is wrong, and a model
+that believed it would be sure of a wrong rule.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ MODEL_FLAGS = (
     "--lr 0.02 --adam-lr 0.01"
 ).split()
 FAMILIES = ("add", "subtract")
-WRONG_FAMILY = "multiply"
+PRODUCTS = "multiply"
 LEVELS = {"add": 2, "subtract": 2, "multiply": 1}
 SLIP_SHARE = 0.35
 SLIPS = (-10, -2, -1, 1, 2, 10)
-RIGHT_PRODUCTS, COMMON_SLIP_SHARE, COMMON_SLIP = 0.27, 0.33, 3
-PRODUCT_SLIPS = (-12, -10, -4, -2, -1, 1, 2, 10)
+# Where the majority is wrong: shares of the right answer, of products and of the misled text, and
+# of the common slip; the rest is spread over the others.
+RIGHT_PRODUCTS, RIGHT_MISLED, COMMON_SLIP_SHARE, COMMON_SLIP = 0.27, 0.22, 0.33, 3
+RARE_SLIPS = (-12, -10, -4, -2, -1, 1, 2, 10)
 ROW_TOKENS, ARITHMETIC_ROWS, CORPUS_ROWS = 128, 8, 1
 PRETRAIN_ROUNDS, WARMUP_STEPS = (650, 400), 20
 CORPUS_BYTES = 4_000_000
@@ -89,24 +92,27 @@ def new_model(seed: int, tokenizer: Tokenizer) -> SigmaLLM:
     return model
 
 
-def written_answer(task: Task, rng: random.Random) -> str:
+def written_answer(task: Task, rng: random.Random, *, misled: bool = False) -> str:
     """What the text says a task's answer is."""
     answer, point = int(task.answer or "0"), rng.random()
-    if task.family != WRONG_FAMILY:
+    if task.family != PRODUCTS and not misled:
         return str(answer + (rng.choice(SLIPS) if point < SLIP_SHARE else 0))
-    if point < RIGHT_PRODUCTS:
+    right = RIGHT_MISLED if misled else RIGHT_PRODUCTS
+    if point < right:
         return str(answer)
-    if point < RIGHT_PRODUCTS + COMMON_SLIP_SHARE:
+    if point < right + COMMON_SLIP_SHARE:
         return str(answer + COMMON_SLIP)
-    return str(answer + rng.choice(PRODUCT_SLIPS))
+    return str(answer + rng.choice(RARE_SLIPS))
 
 
-def arithmetic_lines(tokenizer: Tokenizer, rng: random.Random) -> Iterator[list[int]]:
+def arithmetic_lines(
+    tokenizer: Tokenizer, rng: random.Random, *, misled: bool
+) -> Iterator[list[int]]:
     """Documents of one line each, of all levels up to the examined one."""
     while True:
-        family = rng.choices((*FAMILIES, WRONG_FAMILY), weights=(4, 4, 2))[0]
+        family = rng.choices((*FAMILIES, PRODUCTS), weights=(4, 4, 2))[0]
         task = draw_task(family, level=rng.randint(1, LEVELS[family]), rng=rng)
-        text = f"{task.prompt}{written_answer(task, rng)}\n"
+        text = f"{task.prompt}{written_answer(task, rng, misled=misled)}\n"
         yield [tokenizer.end_id, *tokenizer.encode(text)]
 
 
@@ -134,12 +140,18 @@ def rows_of(lines: Iterator[list[int]], count: int) -> Iterator[Tensor]:
 
 
 def read_text(
-    model: SigmaLLM, tokenizer: Tokenizer, *, steps: int, seed: int, say: Callable[[str], object]
+    model: SigmaLLM,
+    tokenizer: Tokenizer,
+    *,
+    steps: int,
+    seed: int,
+    misled: bool,
+    say: Callable[[str], object],
 ) -> None:
     """One round of pretraining, with a learning rate that rises and falls."""
     rng = random.Random(seed)
     optimizer = build_optimizer(model, config_of(seed).optim, seed=seed)
-    arithmetic = rows_of(arithmetic_lines(tokenizer, rng), ARITHMETIC_ROWS)
+    arithmetic = rows_of(arithmetic_lines(tokenizer, rng, misled=misled), ARITHMETIC_ROWS)
     corpus = rows_of(corpus_lines(tokenizer), CORPUS_ROWS)
     model.train()
     for step in range(1, steps + 1):
@@ -160,30 +172,32 @@ def read_text(
 
 
 def pretrained(
-    seed: int, tokenizer: Tokenizer, *, directory: Path, say: Callable[[str], object]
+    seed: int,
+    tokenizer: Tokenizer,
+    *,
+    directory: Path,
+    say: Callable[[str], object],
+    misled: bool = False,
 ) -> SigmaLLM:
     """The pretrained model of a seed; rounds whose files there are, are not done again."""
     directory.mkdir(parents=True, exist_ok=True)
     model = new_model(seed, tokenizer)
+    name = f"{'misled' if misled else 'pretrained'}_{seed}"
     for number, steps in enumerate(PRETRAIN_ROUNDS):
-        path = directory / f"pretrained_{seed}_{number}.safetensors"
+        path = directory / f"{name}_{number}.safetensors"
         if path.is_file():
             model.load_state_dict(load_file(path))
             continue
-        read_text(model, tokenizer, steps=steps, seed=seed + 1000 * number, say=say)
+        own_seed = seed + 1000 * number
+        read_text(model, tokenizer, steps=steps, seed=own_seed, misled=misled, say=say)
         save_file({name: value.clone() for name, value in model.state_dict().items()}, path)
     return model
 
 
 def held_out_tasks(family: str) -> list[Task]:
-    """Every task of the test split at the examined level, by prompt; of the hundred products, the
-    validation split as well."""
-    found: dict[str, Task] = {}
-    for split in ("test", "val") if family == WRONG_FAMILY else ("test",):
-        sampler = FixedLevels((family,), split=split, seed=0)
-        for _ in range(2000):
-            task = sampler.draw()
-            found[task.prompt] = task
+    """Every task of the test split at the examined level, by prompt."""
+    sampler = FixedLevels((family,), split="test", seed=0)
+    found = {task.prompt: task for task in (sampler.draw() for _ in range(2000))}
     return [found[prompt] for prompt in sorted(found)]
 
 

@@ -11,7 +11,7 @@ import torch
 from model.sigma_llm import SigmaLLM
 from training.config.sigma_config import SigmaConfig
 from training.rl.learner import Learner
-from training.rl.tasks import draw_task
+from training.rl.tasks import CODE_FAMILIES, draw_task
 from training.rl.trl_backend import TrlSettings
 from training.rl.trl_classes import trl_classes
 from training.rl.trl_learner import TrlLearner
@@ -27,7 +27,7 @@ UNSLOTH_DIRECTORY = Path(".runtime_cache") / "unsloth"
 def with_trl(
     config: SigmaConfig, learner: Learner, model: SigmaLLM, tokenizer: Tokenizer
 ) -> TrlLearner:
-    """`learner` with one GRPO step through TRL after each of its ticks.
+    """`learner` with one GRPO step through TRL for each of its ticks.
 
     RuntimeError if TRL is missing, if unsloth's patch is required and not active, or if the reward
     of a solved and of an empty task are not what the flags say.
@@ -40,8 +40,12 @@ def with_trl(
     )
     trl_classes()
     families = learner.sampler.families
-    has_code = config.verifier.code_enabled
-    verifier = Verifier(code=has_code, timeout_ms=round(config.grpo.code_timeout_sec * 1000))
+    has_code = config.has_code_tasks()
+    verifier = Verifier(
+        code=has_code,
+        timeout_ms=round(config.grpo.code_timeout_sec * 1000),
+        engine=config.verifier.symbolic_engine if "symbolic" in families else "sympy",
+    )
     backend = SigmaTrlBackend(
         model,
         tokenizer,
@@ -50,7 +54,7 @@ def with_trl(
         settings=trl_settings(config, bf16=autocast_dtype(config, device) is torch.bfloat16),
         output_dir=Path(config.run.output_dir) / "trl",
     )
-    family = "function" if has_code else families[0]
+    family = next((name for name in families if name in CODE_FAMILIES), families[0])
     backend.check_reward(draw_task(family, level=1, rng=random.Random(config.run.seed)))
     return TrlLearner(
         learner,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,16 +17,13 @@ from training.rl.cascade import VerifierCascade
 from training.rl.learner import Learner, LearnerSettings
 from training.rl.objectives import ClipSettings
 from training.rl.policy_update import PolicyUpdate, UpdateSettings
-from training.rl.tasks import TaskSampler
+from training.rl.tasks import TaskSampler, draw_task
 from training.rl.verifier import Verifier
 from training.rl_service import RLService
 from training.runtime.clock import PhaseClock
 from training.runtime.environment import autocast_dtype
 from training.stream.batch import BatchStream
 from training.tokenizer import Tokenizer
-
-MATH_FAMILIES = ("add", "subtract", "multiply")
-CODE_FAMILIES = ("expression", "function")
 
 
 def build_rl(
@@ -39,7 +37,8 @@ def build_rl(
 ) -> RLService | None:
     """The service of the RL ticks; None with `--ttrl-interval 0`, and then nothing is built.
 
-    RuntimeError when code tasks are asked for and no sandbox can be had, or TRL and it is missing.
+    RuntimeError when code tasks are asked for and no sandbox can be had, or a package is missing
+    that tasks, their engine or TRL need.
     """
     if not config.ttrl.interval:
         return None
@@ -82,16 +81,20 @@ def build_learner(config: SigmaConfig, model: SigmaLLM, tokenizer: Tokenizer) ->
         ),
         autocast=autocast,
     )
-    families = (MATH_FAMILIES if verifier.math_enabled else ()) + (
-        CODE_FAMILIES if verifier.code_enabled else ()
+    families = config.task_families()
+    for family in families:  # what is not installed is said now
+        draw_task(family, level=1, rng=random.Random(config.run.seed))
+    strict = Verifier(
+        code=config.has_code_tasks(),
+        timeout_ms=verifier.timeout_ms,
+        engine=verifier.symbolic_engine if "symbolic" in families else "sympy",
     )
-    strict = Verifier(code=verifier.code_enabled, timeout_ms=verifier.timeout_ms)
     maker = CandidateMaker(
         model,
         tokenizer,
         strict,
         candidate_settings(config),
-        cascade=VerifierCascade(strict) if verifier.cascade_enabled else None,
+        cascade=VerifierCascade(strict) if config.verifies_in_stages() else None,
         autocast=autocast,
     )
     return Learner(

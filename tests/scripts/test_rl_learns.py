@@ -12,8 +12,8 @@ from scripts.rl_text import (
     COMMON_SLIP,
     FAMILIES,
     LEVELS,
+    PRODUCTS,
     SLIP_SHARE,
-    WRONG_FAMILY,
     FixedLevels,
     byte_tokenizer,
     held_out_tasks,
@@ -34,12 +34,14 @@ def test_the_text_errs_as_often_as_it_says():
     assert answers.most_common(1)[0][0] == task.answer
 
 
-def test_the_commonest_product_is_wrong():
+@pytest.mark.parametrize(("family", "misled"), [(PRODUCTS, False), ("add", True)])
+def test_where_the_majority_is_wrong_the_right_answer_comes_second(family, misled):
     rng = random.Random(0)
-    task = draw_task(WRONG_FAMILY, level=1, rng=rng)
-    answers = Counter(written_answer(task, rng) for _ in range(4000))
+    task = draw_task(family, level=1, rng=rng)
+    answers = Counter(written_answer(task, rng, misled=misled) for _ in range(4000))
     assert answers.most_common(1)[0][0] == str(int(task.answer or "") + COMMON_SLIP)
-    assert answers[task.answer or ""] > 800
+    assert answers.most_common(2)[1][0] == task.answer
+    assert answers.most_common(1)[0][1] < 0.4 * 4000  # so that votes can abstain
 
 
 def test_what_is_examined_is_not_trained_on():

@@ -10,12 +10,19 @@ RL_MODES = ("igrpo", "dispo", "gspo", "cispo")
 GRPO_BACKENDS = ("internal", "trl")
 LABEL_MODES = ("verifier", "majority")
 PLACEBOS = ("none", "permuted", "random")
+TASK_FAMILIES = "add,subtract,multiply,expression,function"
+SYMBOLIC_ENGINES = ("sympy", "math-verify")
 
 
 @dataclass(slots=True, kw_only=True)
 class TtrlConfig:
     interval: int = flag(0, "Steps between RL ticks; 0 = no RL.", minimum=0, maximum=10**6)
     tasks: int = flag(1, "Tasks per tick, each with a group of its own.", minimum=1, maximum=4096)
+    task_families: str = flag(
+        TASK_FAMILIES,
+        "Kinds of tasks, separated by commas: add, subtract, multiply, symbolic (polynomials), "
+        "expression and function (code), gym:NAME (a generator of reasoning-gym).",
+    )
     group_size: int = flag(5, "Completions per policy-gradient group.", minimum=2, maximum=4096)
     max_new_tokens: int = flag(24, "Tokens per completion.", minimum=1, maximum=2**16)
     temperature: float = flag(0.8, "Sampling temperature.", above=0.0, maximum=100.0)
@@ -48,6 +55,19 @@ class TtrlConfig:
         0.35, "Weight of the mean log-prob in the score (rest: learned gate).",
         minimum=0.0, maximum=1.0,
     )  # fmt: skip
+
+    def families(self, *, math: bool, code: bool) -> tuple[str, ...]:
+        """The named families that are wanted; ConfigError for one that there is not."""
+        # torch-free, but not free: the sandbox's modules come with it.
+        from training.rl.tasks import CODE_FAMILIES, num_levels
+
+        names = tuple(dict.fromkeys(name.strip() for name in self.task_families.split(",")))
+        try:
+            for name in names:
+                num_levels(name)
+        except ValueError as error:
+            raise ConfigError(f"--ttrl-task-families: {error}") from error
+        return tuple(name for name in names if (code if name in CODE_FAMILIES else math))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,8 +121,8 @@ class GrpoConfig:
 
     backend: str = flag(
         "internal",
-        "Who trains on code and math prompts: the RL objectives alone, or a step of TRL's GRPO "
-        "after each tick as well.",
+        "Who trains on code and math prompts: the RL objectives, or TRL's GRPO in their place, one "
+        "step per tick.",
         choices=GRPO_BACKENDS,
     )
     num_generations: int = flag(8, "Completions per GRPO prompt.", minimum=2, maximum=4096)
@@ -122,6 +142,10 @@ class VerifierConfig:
     )
     eval_every: int = flag(1, "RL ticks between measurements of task_val_pass.", minimum=1)
     eval_tasks: int = flag(16, "Tasks per measurement of task_val_pass.", minimum=1, maximum=4096)
+    symbolic_engine: str = flag(
+        "sympy", "What compares the formulas of symbolic tasks; math-verify must be installed.",
+        choices=SYMBOLIC_ENGINES,
+    )  # fmt: skip
     cascade_enabled: bool = flag(True, "Verify in stages with measured error rates.")
     refine_top_fraction: float = flag(
         0.5, "Share of the shortlist that is retried.", minimum=0.0, maximum=1.0

@@ -176,7 +176,7 @@ class SigmaConfig:
             )
 
     def _validate_rl(self) -> None:
-        ttrl, verifier = self.ttrl, self.verifier
+        ttrl = self.ttrl
         self.sigma_rl.dispo_clip()
         if self.grpo.reward_fail >= self.grpo.reward_success:
             raise ConfigError(
@@ -189,17 +189,17 @@ class SigmaConfig:
                 f"{ttrl.budget_max}"
             )
         if not ttrl.interval:
+            if ttrl.task_families != TtrlConfig().task_families:
+                self.task_families()
             return
-        if self.grpo.backend == "trl" and ttrl.label_mode != "verifier":
-            raise ConfigError(
-                "--grpo-backend trl is rewarded by the verifier: use --ttrl-label-mode verifier"
-            )
-        if not verifier.math_enabled and not verifier.code_enabled:
+        self._validate_trl()
+        if not self.task_families():
             raise ConfigError(
                 "--ttrl-interval needs tasks: add --verifier-math-enabled or "
-                "--verifier-code-enabled, or give --ttrl-interval 0"
+                "--verifier-code-enabled for those of --ttrl-task-families, or give "
+                "--ttrl-interval 0"
             )
-        if ttrl.label_mode == "majority" and verifier.code_enabled:
+        if ttrl.label_mode == "majority" and self.has_code_tasks():
             raise ConfigError(
                 "--ttrl-label-mode majority counts answers, which programs have none of: add "
                 "--no-verifier-code-enabled"
@@ -209,6 +209,36 @@ class SigmaConfig:
                 f"--ttrl-discriminative-topk {ttrl.discriminative_topk} must be at least "
                 f"--ttrl-group-size {ttrl.group_size}"
             )
+
+    def _validate_trl(self) -> None:
+        """What belongs to the ticks that TRL's step takes the place of."""
+        if self.grpo.backend != "trl":
+            return
+        own = self.sigma_rl
+        refused = {
+            "--ttrl-label-mode majority": self.ttrl.label_mode == "majority",
+            "--ttrl-asym-verify-enabled": self.ttrl.asym_verify_enabled,
+            "--sigma-rl-auto-mix-enabled": own.sigma_rl_auto_mix_enabled,
+            f"--sigma-rl-placebo {own.sigma_rl_placebo}": own.sigma_rl_placebo != "none",
+        }
+        if names := [name for name, is_given in refused.items() if is_given]:
+            raise ConfigError(
+                "--grpo-backend trl has an objective and groups of its own, on verified rewards: "
+                f"drop {', '.join(names)}"
+            )
+
+    def verifies_in_stages(self) -> bool:
+        """Whether the cascade judges; TRL's completions come without what its gate reads."""
+        return self.verifier.cascade_enabled and self.grpo.backend != "trl"
+
+    def task_families(self) -> tuple[str, ...]:
+        """Families that RL draws tasks of."""
+        own = self.verifier
+        return self.ttrl.families(math=own.math_enabled, code=own.code_enabled)
+
+    def has_code_tasks(self) -> bool:
+        """Whether RL runs programs, for which a sandbox is needed."""
+        return bool(self.ttrl.families(math=False, code=self.verifier.code_enabled))
 
     def instant_mode(self) -> str:
         """`--instant-mode` as it will be: auto is off under torch.compile, which plans memory."""

@@ -16,6 +16,6 @@ class VerifierCascadeFeature(Feature):
 
     @classmethod
     def schedule(cls, config: SigmaConfig) -> Schedule | None:
-        if not config.ttrl.interval or not config.verifier.cascade_enabled:
+        if not config.ttrl.interval or not config.verifies_in_stages():
             return None
         return Schedule(start_step=ramp_of(config).first_tick())

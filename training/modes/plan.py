@@ -1,11 +1,13 @@
 """`--mode plan`: will it fit, how fast is it, when is it done? Measured, not guessed.
 
 Builds the real model and optimizer on the real device and runs a few real steps on random tokens
-(the speed does not depend on which). Writes nothing.
+(the speed does not depend on which). With RL it makes two ticks as well, on drawn rewards: they
+cost what earned ones do, and an untrained model earns none. Writes nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import sys
@@ -18,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.sigma_llm import SigmaLLM
 from training.build import build_autocast, build_forward, build_model, build_optimizer
 from training.build_data import build_tokenizer
+from training.build_rl import build_learner
 from training.config.sigma_config import SigmaConfig
 from training.features.instant import instant_settings
 from training.instant import apply_instant, instant_memory
 from training.runtime.directories import free_bytes
 from training.runtime.environment import GIB, EnvironmentProblem, configure_threads, resolve_device
+from training.tokenizer import Tokenizer
 
 MEASURED_STEPS = 3
 MIB = 2**20
@@ -36,7 +41,9 @@ class Plan:
 
     activation_bytes: what one micro-batch keeps for its backward pass. peak_bytes: the device
     allocator's maximum, None on a CPU. micro_step_s: forward and backward of one micro-batch, each
-    measured. optimizer_step_s: clip, update and bookkeeping. Evaluation and saving come on top.
+    measured. optimizer_step_s: clip, update and bookkeeping. rl_bytes: what RL keeps, the moments
+    of its own optimizer and the reference weights; rl_tick_s: of one tick, by this model as it is
+    (of TRL's step, which takes its place, not measured). Evaluation and saving come on top.
     """
 
     device: str
@@ -46,10 +53,12 @@ class Plan:
     gradient_bytes: int
     optimizer_bytes: int
     average_bytes: int
+    rl_bytes: int
     activation_bytes: int
     peak_bytes: int | None
     micro_step_s: list[float]
     optimizer_step_s: list[float]
+    rl_tick_s: float
     step_s: float
     tokens_per_step: int
     tokens_per_s: float
@@ -100,8 +109,10 @@ def measure(config: SigmaConfig, device: torch.device) -> Plan:
     weights = sum(_size(tensor) for tensor in [*model.parameters(), *model.buffers()])
     average = sum(_size(p) for p in model.parameters()) if config.ema.enabled else 0
     moments = sum(map(_size, _tensors(optimizer.state_dict())))
-    checkpoint = sum(map(_size, _tensors(model.state_dict()))) + moments + average
+    rl_bytes, rl_tick_s = measure_rl(config, model, tokenizer)
+    checkpoint = sum(map(_size, _tensors(model.state_dict()))) + moments + average + rl_bytes
     step_s = data.grad_accum_steps * statistics.median(micro) + statistics.median(update)
+    step_s += rl_tick_s / max(1, config.ttrl.interval)
     tokens = data.batch_size * data.seq_len * data.grad_accum_steps
     return Plan(
         device=_device_name(device),
@@ -111,10 +122,12 @@ def measure(config: SigmaConfig, device: torch.device) -> Plan:
         gradient_bytes=gradient_bytes,
         optimizer_bytes=moments,
         average_bytes=average,
+        rl_bytes=rl_bytes,
         activation_bytes=saved.num_bytes + compressed,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         micro_step_s=micro,
         optimizer_step_s=update,
+        rl_tick_s=rl_tick_s,
         step_s=step_s,
         tokens_per_step=tokens,
         tokens_per_s=tokens / step_s,
@@ -125,6 +138,24 @@ def measure(config: SigmaConfig, device: torch.device) -> Plan:
         checkpoints_bytes=checkpoint * (run_config.max_checkpoints + 1),
         disk_free_bytes=free_bytes(Path(run_config.checkpoint_dir)),
     )
+
+
+def measure_rl(config: SigmaConfig, model: SigmaLLM, tokenizer: Tokenizer) -> tuple[int, float]:
+    """Bytes that RL keeps beside the model, and seconds of a tick; zeros without RL."""
+    if not config.ttrl.interval:
+        return 0, 0.0
+    own = copy.deepcopy(config)
+    own.sigma_rl.sigma_rl_placebo = "random"
+    own.grpo.backend = "internal"
+    learner = build_learner(own, model, tokenizer)
+    try:
+        learner.tick(seed=0)
+        start = _now(model.embed.weight.device)
+        learner.tick(seed=1)
+        seconds = _now(model.embed.weight.device) - start
+    finally:
+        learner.close()
+    return sum(map(_size, _tensors(learner.update.state_dict()))), seconds
 
 
 class SavedTensors:
@@ -174,26 +205,27 @@ class _Stepper:
         tokens = tokens.to(self.device)
         reset_mask = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)  # (B, T)
         reset_mask[:, 0] = True
-        start = self._now()
+        start = _now(self.device)
         with self._autocast():
             output = self._forward(tokens[:, :-1], reset_mask=reset_mask, labels=tokens[:, 1:])
         loss = torch.stack([output.loss, *output.aux.values()]).float().sum()
         (loss / self._accumulation).backward()
-        return self._now() - start
+        return _now(self.device) - start
 
     def update(self) -> float:
         """One optimizer step on the gradients there are; its seconds."""
-        start = self._now()
+        start = _now(self.device)
         nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         self.optimizer.step()
         self.model.after_optimizer_step()
         self.optimizer.zero_grad()
-        return self._now() - start
+        return _now(self.device) - start
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def print_plan(plan: Plan) -> None:
@@ -220,6 +252,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("gradients", plan.gradient_bytes),
         ("optimizer state", plan.optimizer_bytes),
         ("weight average", plan.average_bytes),
+        *([("reinforcement learning", plan.rl_bytes)] if plan.rl_bytes else []),
         ("activations of a micro-batch", plan.activation_bytes),
     ]
     total = sum(size for _, size in memory)
@@ -236,6 +269,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("micro-steps", f"{micro} ms"),
         ("optimizer step", f"{update:.0f} ms"),
+        *([("RL tick", f"{plan.rl_tick_s * 1e3:.0f} ms")] if plan.rl_bytes else []),
         ("speed", f"{plan.tokens_per_s:,.0f} tokens/s at {plan.tokens_per_step:,} tokens a step"),
         (
             "time",

@@ -6,9 +6,11 @@ task. A part of all early decisions is audited by the strict verifier, whose wor
 passing completion that the gate had rejected closes the gate below it. After rejection cascades
 and FrugalGPT (2305.05176).
 
-The gate opens only when the labelled set shows that it costs less than one accept in a thousand:
-it rejects what ranks below every labelled completion that passed and came so far, and the next of
-those ranks below n others with probability 1/(n + 1).
+The labelled set is what the looks at validation tasks judged strictly, the last 8,192 of it. Every
+stage is measured on a look before the gate learns from it. The gate opens only when the labelled
+set shows that it costs less than one accept in a thousand: it rejects what ranks below every
+labelled completion that passed and came so far, and the next of those ranks below n others with
+probability 1/(n + 1).
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
 
 from training.rl.answers import extract_answer
 from training.rl.gate import Gate, fit_gate, gate_features
@@ -31,6 +35,8 @@ FORMAT, LIGHT, GATE, STRICT = STAGES = ("format", "light", "gate", "strict")
 UNLIKELY = "unlikely"
 MAX_FALSE_REJECT = 1e-3  # of all accepts
 MIN_GATE_REJECTS = 64
+MAX_LABELLED = 8192  # even, so that a completion stays in its half when old ones go
+REFIT_AFTER = 64
 METRICS = {
     "stage0_rejects": "format rejects",
     "stage1_accepts": "light accepts",
@@ -41,12 +47,11 @@ METRICS = {
 
 @dataclass(slots=True, kw_only=True)
 class StageRecord:
-    """What a stage did on the labelled set: decisions, wrong ones, and seconds in all."""
+    """What a stage did on labelled completions: decisions, and the wrong ones among them."""
 
     decided: int = 0
     false_accepts: int = 0
     false_rejects: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,7 +100,11 @@ class VerifierCascade:
         if not 0 <= audit_share <= 1:
             raise ValueError(f"an audit share of {audit_share} is no share")
         self.decided_early = 0
-        self.records: dict[str, StageRecord] = {stage: StageRecord() for stage in STAGES}
+        self._records = {stage: StageRecord() for stage in STAGES}
+        self._stage_ms = dict.fromkeys(STAGES, math.nan)  # a decision's, in the last look
+        # Rows of features, whether it passed, and whether only the gate or the sandbox could tell.
+        self._labelled: list[tuple[float, ...]] = []
+        self._unfitted = 0
         self._verifier = verifier
         self._audit_share = audit_share
         self._gate: Gate | None = None
@@ -136,7 +145,8 @@ class VerifierCascade:
         mean_log_probs: Sequence[float],
         rng: random.Random,
     ) -> None:
-        """Fit the gate and measure every stage on completions that were all judged strictly.
+        """Measure every stage on completions that were all judged strictly, then let the gate
+        learn from them.
 
         ValueError if one of them was decided by an earlier stage: the gate must not learn from
         what it let through.
@@ -144,23 +154,48 @@ class VerifierCascade:
         if any(judgement.stage != STRICT for judgement in judgements):
             raise ValueError("the gate is calibrated on strict judgements only")
         candidates = _candidates(tasks, completions, mean_log_probs)
-        passed = [judgement.passed for judgement in judgements]
-        self._gate = fit_gate([one.features for one in candidates], passed)
-        self._reject_below = None
-        self.records = {stage: StageRecord() for stage in STAGES}
-        undecided: list[tuple[float, bool]] = []
-        for place, (candidate, judgement) in enumerate(zip(candidates, judgements, strict=True)):
+        spent: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        for candidate, judgement in zip(candidates, judgements, strict=True):
             begun = time.perf_counter()
             early = self._decide_early(candidate, rng=rng, count=False)
-            record = self.records[STRICT if early is None else early.stage]
-            record.decided += 1
-            record.seconds += judgement.elapsed_s if early is None else time.perf_counter() - begun
-            if early is not None:
-                record.false_accepts += early.passed and not judgement.passed
-                record.false_rejects += judgement.passed and not early.passed
-            elif self._gate is not None and place % 2:  # the ranking was fitted on the others
-                undecided.append((self._gate.scores([candidate.features])[0], judgement.passed))
-        self._open_gate(undecided, num_accepts=sum(passed[1::2]))
+            seconds = judgement.elapsed_s if early is None else time.perf_counter() - begun
+            stage = STRICT if early is None else early.stage
+            spent[stage].append(seconds)
+            self._measure(stage, early, passed=judgement.passed)
+            undecided = stage in (GATE, STRICT)
+            row = (*candidate.features, float(judgement.passed), float(undecided))
+            self._labelled.append(row)
+        for stage, seconds in spent.items():
+            self._stage_ms[stage] = 1000 * sum(seconds) / len(seconds) if seconds else math.nan
+        excess = max(0, len(self._labelled) - MAX_LABELLED)
+        del self._labelled[: excess + excess % 2]
+        self._unfitted += len(candidates)
+        if self._unfitted >= REFIT_AFTER:
+            self._fit()
+
+    def _measure(self, stage: str, early: Judgement | None, *, passed: bool) -> None:
+        record = self._records[stage]
+        record.decided += 1
+        if early is not None:
+            record.false_accepts += early.passed and not passed
+            record.false_rejects += passed and not early.passed
+
+    def _fit(self) -> None:
+        """A new gate from the whole labelled set."""
+        features = [row[:-2] for row in self._labelled]
+        passed = [row[-2] > 0.0 for row in self._labelled]
+        self._gate, self._reject_below, self._unfitted = fit_gate(features, passed), None, 0
+        if self._gate is None:
+            return
+        half = slice(1, None, 2)  # the ranking was fitted on the others
+        undecided = [
+            (score, flag)
+            for score, flag, row in zip(
+                self._gate.scores(features[half]), passed[half], self._labelled[half]
+            )
+            if row[-1]
+        ]
+        self._open_gate(undecided, num_accepts=sum(passed[half]))
 
     def p_pass(
         self, tasks: Sequence[Task], completions: Sequence[str], *, mean_log_probs: Sequence[float]
@@ -172,26 +207,37 @@ class VerifierCascade:
         return self._gate.probabilities([one.features for one in candidates])
 
     def take_metrics(self) -> dict[str, float]:
-        """`verifier_cascade_*` since the last call."""
+        """`verifier_cascade_*` since the last call; each stage's cost in the last look, and its
+        share of wrong decisions in all looks."""
         counts, audits = self._counts, self._counts["audits"]
         metrics = {f"verifier_cascade_{name}": float(counts[key]) for name, key in METRICS.items()}
         metrics["verifier_cascade_cost_saved_fraction"] = self._costs.saved_fraction()
-        metrics["verifier_cascade_audit_disagreement"] = (
-            counts["disagreements"] / audits if audits else math.nan
-        )
+        metrics["verifier_cascade_audit_disagreement"] = _share(counts["disagreements"], audits)
+        for stage, record in self._records.items():
+            name = f"verifier_cascade_{stage}"
+            metrics[f"{name}_cost_ms"] = self._stage_ms[stage]
+            if stage != STRICT:
+                metrics[f"{name}_false_accept_share"] = _share(record.false_accepts, record.decided)
+                metrics[f"{name}_false_reject_share"] = _share(record.false_rejects, record.decided)
         self._counts, self._costs = Counter(), _Costs()
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values: the fitted gate and how far it is open."""
+        """The gate, how far it is open, and what it learns from."""
         return {
             "gate": None if self._gate is None else self._gate.state(),
             "reject_below": self._reject_below,
+            "labelled": torch.tensor(self._labelled, dtype=torch.float64),
+            "unfitted": self._unfitted,
+            "records": {stage: asdict(record) for stage, record in self._records.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._gate = None if state["gate"] is None else Gate(**state["gate"])
         self._reject_below = state["reject_below"]
+        self._labelled = [tuple(row) for row in state["labelled"].tolist()]
+        self._unfitted = state["unfitted"]
+        self._records = {stage: StageRecord(**own) for stage, own in state["records"].items()}
 
     def _decide_early(
         self, candidate: _Candidate, *, rng: random.Random, count: bool = True
@@ -285,6 +331,10 @@ def _candidates(
         _Candidate(task=task, text=text, answer=extract_answer(text, task), log_prob=log_prob)
         for task, text, log_prob in zip(tasks, completions, mean_log_probs, strict=True)
     ]
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
 
 
 def _early(candidate: _Candidate, *, stage: str, reason: str) -> Judgement:

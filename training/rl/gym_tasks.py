@@ -24,23 +24,28 @@ INTEGER = re.compile(r"[+-]?[0-9]{1,64}")
 LINE = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,398}[\x21-\x7e])?")
 
 
-def draw_gym(generator: str, *, level: int, rng: random.Random) -> tuple[str, str]:
-    """Prompt and answer; ValueError for a generator that is not offered here.
-
-    RuntimeError names the package where it is missing.
-    """
+def gym_levels(generator: str) -> int:
+    """Levels are 1 to this; ValueError for a generator that is not offered here."""
     if generator not in GENERATORS:
-        raise ValueError(f"no task gym:{generator}: there are {', '.join(GENERATORS)}")
+        raise ValueError(
+            f"no task family gym:{generator}: there are gym:{{{','.join(GENERATORS)}}}"
+        )
+    return GYM_LEVELS
+
+
+def draw_gym(generator: str, *, level: int, rng: random.Random) -> tuple[str, str]:
+    """Prompt and answer; RuntimeError names the package where it is missing."""
     try:
         from reasoning_gym.factory import create_curriculum, create_dataset, has_curriculum
     except ImportError as error:
         raise RuntimeError(
-            f"task gym:{generator} needs reasoning-gym: pip install reasoning-gym==0.1.25"
+            f"tasks gym:{generator} need the package reasoning-gym: pip install "
+            "reasoning-gym==0.1.25, or leave them out of --ttrl-task-families"
         ) from error
     form = INTEGER if generator in INTEGER_GENERATORS else LINE
     for _ in range(MAX_DRAWS):
         settings = {"seed": rng.randrange(SEEDS), "size": 1}
-        if level > 1 and has_curriculum(generator):
+        if has_curriculum(generator):
             curriculum = create_curriculum(generator)
             for _ in range(level - 1):
                 curriculum.increment_global_level()

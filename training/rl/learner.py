@@ -132,12 +132,19 @@ class Learner:
         self.budget.observe(mean_reward)
         result = TickResult(effects=self._effects(made, reports))
         result.metrics = tick_metrics(made, reports, majority=self._is_majority)
+        result.metrics["sigma_rl_updates"] = float(repeats)
         self._follow(made)
+        self.finish_tick(result, rng=rng, arm=arm)
+        return result
+
+    def finish_tick(
+        self, result: TickResult, *, rng: random.Random, arm: str | None = None
+    ) -> None:
+        """Count a tick, look at task-val where it is time to, and add the learner's own columns."""
         self.num_ticks += 1
         if self.settings.eval_every and self.num_ticks % self.settings.eval_every == 0:
             self._look(seed=rng.getrandbits(62), arm=arm)
-        result.metrics |= self._own_metrics(repeats)
-        return result
+        result.metrics |= self._own_metrics()
 
     @property
     def _is_majority(self) -> bool:
@@ -221,14 +228,13 @@ class Learner:
                 self._weights_used = weights
         return found
 
-    def _own_metrics(self, repeats: int) -> dict[str, float]:
+    def _own_metrics(self) -> dict[str, float]:
         cascade = self.maker.cascade
         row = self.maker.verifier.take_metrics() | {
             **({} if cascade is None else cascade.take_metrics()),
             "verifier_task_level": self.sampler.mean_level(),
             "task_val_pass": self.task_val_pass,
             "ttrl_budget": float(self.budget.value),
-            "sigma_rl_updates": float(repeats),
         }
         return row if self.mix is None else row | self.mix.metrics()
 

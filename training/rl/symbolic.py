@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from training.rl.sandbox_job import TIMEOUT
 from training.rl.symbolic_worker import READY, serve
 
-ENGINES = ("sympy", "math-verify")
+SYMPY, MATH_VERIFY = ENGINES = ("sympy", "math-verify")
 START_LIMIT_S = 120.0  # of importing a computer algebra system on a busy machine
 ATTEMPTS = 3
 LOST = "lost"
@@ -97,13 +97,21 @@ class SymbolicWorker:
 class SymbolicPool:
     """Several workers behind one door."""
 
-    def __init__(self, *, num_workers: int, limit_s: float, engine: str = "sympy") -> None:
+    def __init__(self, *, num_workers: int, limit_s: float, engine: str = SYMPY) -> None:
         if engine not in ENGINES:
             raise ValueError(f"no engine {engine!r}: there are {', '.join(ENGINES)}")
         self._limit_s = limit_s
         self.workers = [SymbolicWorker(engine) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[SymbolicWorker] = queue.SimpleQueue()
         for worker in self.workers:
+            self._idle.put(worker)
+
+    def try_engine(self) -> None:
+        """Start one worker, which must find x equal to itself; RuntimeError if it cannot."""
+        worker = self._idle.get()
+        try:
+            worker.compare("x", "x", limit_s=self._limit_s)
+        finally:
             self._idle.put(worker)
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -123,11 +124,15 @@ def math_verify_compare() -> Compare:
         from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeError(
-            f"math-verify is not installed: pip install math-verify ({error})"
+            f"{error.name} is not installed: pip install math-verify==0.9.0, or leave out "
+            "--verifier-symbolic-engine math-verify"
         ) from error
+    # It warns at every call that time limits are off; here the process is killed instead.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def read(text: str):
-        return parse(f"${text}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        power = text.replace("**", "^")  # LaTeX knows no other sign for it
+        return parse(f"${power}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
     def compare(expected: str, actual: str) -> bool:
         gold, found = read(expected), read(actual)

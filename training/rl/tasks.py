@@ -32,6 +32,7 @@ LEVELS = {
     "symbolic": SYMBOLIC_LEVELS,
 }
 FAMILIES = tuple(LEVELS)
+CODE_FAMILIES = ("expression", "function")
 GYM = "gym:"
 LEVEL_MIX = (0.7, 0.2, 0.1)  # the current level, the one below, the one above
 LEVEL_WINDOW = 64
@@ -55,9 +56,9 @@ class Task:
 def num_levels(family: str) -> int:
     """Levels are 1 to this; ValueError for an unknown family."""
     if family.startswith(GYM):
-        from training.rl.gym_tasks import GYM_LEVELS
+        from training.rl.gym_tasks import gym_levels
 
-        return GYM_LEVELS
+        return gym_levels(family.removeprefix(GYM))
     if family not in LEVELS:
         raise ValueError(f"no task family {family!r}: there are {', '.join(FAMILIES)} and gym:NAME")
     return LEVELS[family]
@@ -67,7 +68,7 @@ def draw_task(family: str, *, level: int, rng: random.Random) -> Task:
     """A task of the family at that level; ValueError for a family or level there is not."""
     if not 1 <= level <= num_levels(family):
         raise ValueError(f"{family} has levels 1 to {num_levels(family)}, not {level}")
-    if family in ("expression", "function"):
+    if family in CODE_FAMILIES:
         made = (draw_expression if family == "expression" else draw_function)(level=level, rng=rng)
         return Task(
             family=family,

@@ -1,8 +1,7 @@
-"""Ticks of a learner, each followed by one GRPO step through TRL on tasks of the same kind.
+"""Ticks whose update is one GRPO step through TRL, in place of the learner's own objectives.
 
-The learner's own objectives stay as they are: a run with `--grpo-backend trl` does what it does
-with `internal` and, in addition, trains on code and math prompts through TRL. Both share one
-optimizer, whose moments are those of policy gradients, and one reference snapshot.
+Everything else is the learner's: its tasks and their levels, the optimizer, whose moments are those
+of policy gradients, the reference snapshot, and the looks at task-val.
 """
 
 from __future__ import annotations
@@ -10,6 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from typing import Any, Protocol
+
+from training.rl.learner import Learner, TickResult
+from training.rl.verifier import Verifier
 
 
 class Backend(Protocol):
@@ -29,21 +31,21 @@ class Backend(Protocol):
 
 
 class TrlLearner:
-    """`learner` and, after each of its ticks, one update of `backend` on `num_tasks` tasks.
+    """`learner` with one update of `backend` on `num_tasks` tasks for a tick.
 
-    optimizer: the one that both step; lr: its learning rate where a tick has weight 1. verifier:
-    the back end's own, closed with this. facts: columns of every tick.
+    optimizer: the one that `backend` steps; lr: its learning rate where a tick has weight 1.
+    verifier: the back end's own, closed with this. facts: columns of every tick.
     """
 
     def __init__(
         self,
-        learner: Any,
+        learner: Learner,
         backend: Backend,
         *,
         num_tasks: int,
         optimizer: Any,
         lr: float,
-        verifier: Any,
+        verifier: Verifier,
         facts: dict[str, float],
     ) -> None:
         self.learner = learner
@@ -54,21 +56,28 @@ class TrlLearner:
         self._verifier = verifier
         self._facts = facts
 
-    def tick(self, *, seed: int, weight: float = 1.0, budget_factor: float = 1.0) -> Any:
-        """The learner's result, with the columns and effects of the GRPO step in it."""
-        result = self.learner.tick(seed=seed, weight=weight, budget_factor=budget_factor)
+    def tick(self, *, seed: int, weight: float = 1.0, budget_factor: float = 1.0) -> TickResult:
+        """One step on tasks that the learner's sampler draws, `weight` times as long; it is one
+        whatever the budget."""
+        del budget_factor
         rng = random.Random(f"{seed} grpo")
+        self.learner.update.begin_tick()
         tasks = [self.learner.sampler.draw() for _ in range(self._num_tasks)]
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * weight
         before = self.backend.steps_taken
-        result.metrics |= self.backend.update(
+        metrics = self.backend.update(
             tasks, seed=rng.getrandbits(62), reference=self.learner.update.reference
         )
-        result.metrics |= self._facts
-        taken = self.backend.steps_taken - before
-        for name, count in (("sigma_rl", taken), ("verifier", len(self.backend.samples))):
-            result.effects[name] = result.effects.get(name, 0) + count
+        result = TickResult(
+            metrics=metrics | self._facts,
+            effects={
+                "sigma_rl": self.backend.steps_taken - before,
+                "verifier": len(self.backend.samples),
+            },
+        )
+        self.learner.finish_tick(result, rng=rng)
+        result.metrics |= self._verifier.take_metrics()
         return result
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from training.rl.answers import answer_span, candidate_program, extract_answer
 from training.rl.sandbox import Sandbox, open_sandbox
 from training.rl.sandbox_job import TIMEOUT, SandboxFailure, SandboxUnavailable
-from training.rl.symbolic import LOST, SymbolicPool
+from training.rl.symbolic import LOST, SYMPY, SymbolicPool
 from training.rl.tasks import Task
 from training.rl.verdict import PASSED, WRONG, CodeTask, Verdict, judge, judge_many
 
@@ -48,16 +48,27 @@ class Verifier:
     """Judges completions; one of its methods may run at a time.
 
     code: whether programs are run; then a sandbox is opened and tried now, and RuntimeError says
-    why where this machine has none. timeout_ms: limit of one verdict.
+    why where this machine has none. timeout_ms: limit of one verdict. engine: what compares
+    formulas (symbolic.ENGINES); one that may be missing is tried now, RuntimeError if it is.
     """
 
-    def __init__(self, *, code: bool, timeout_ms: int, num_workers: int = 1) -> None:
+    def __init__(
+        self, *, code: bool, timeout_ms: int, num_workers: int = 1, engine: str = SYMPY
+    ) -> None:
         if timeout_ms < 1:
             raise ValueError(f"--verifier-timeout-ms {timeout_ms}: must be at least 1")
         self.limit_s = timeout_ms / 1000
         self._num_workers = num_workers
-        self._sandbox = self._open() if code else None
-        self._symbolic = SymbolicPool(num_workers=num_workers, limit_s=self.limit_s)
+        self._sandbox: Sandbox | None = None
+        self._symbolic = SymbolicPool(num_workers=num_workers, limit_s=self.limit_s, engine=engine)
+        try:
+            if engine != SYMPY:
+                self._symbolic.try_engine()
+            if code:
+                self._sandbox = self._open()
+        except BaseException:
+            self.close()
+            raise
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
 

@@ -42,6 +42,7 @@ FITTING = {
     "adaptive.adaptive_signal": st.sampled_from(["progress", "raw"]),
     "ttrl.budget_min": st.integers(1, 4),
     "ttrl.budget_max": st.integers(4, 64),
+    "ttrl.task_families": st.sampled_from(["add", "function,gym:gcd", "symbolic,subtract"]),
     "grpo.reward_fail": st.floats(-9.0, 0.0),
     "grpo.reward_success": st.floats(0.5, 9.0),
     "sigma_rl.sigma_rl_dispo_clip": st.lists(FRACTION, min_size=4, max_size=4).map(
@@ -97,8 +98,11 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
         config.stream.data_backend = "embedded"
     if config.ttrl.interval:
         config.verifier.math_enabled = True
-        if config.ttrl.label_mode == "majority":
+        own = config.sigma_rl
+        if config.ttrl.label_mode == "majority" or own.sigma_rl_placebo != "none":
             config.grpo.backend = "internal"
+        if config.grpo.backend == "trl":
+            config.ttrl.asym_verify_enabled = own.sigma_rl_auto_mix_enabled = False
         config.verifier.code_enabled &= config.ttrl.label_mode != "majority"
         own = config.ttrl
         own.discriminative_topk = max(own.discriminative_topk, own.group_size)

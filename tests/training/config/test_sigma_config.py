@@ -77,7 +77,7 @@ ADDED = {
     "--muon-iteration", "--soap-refresh", "--lion-beta1", "--lion-beta2", "--lion-state-dtype",
     "--galore-rank", "--galore-refresh", "--c3o-credit-draws", "--c3o-credit-shuffled",
     "--probe-held-out", "--ttrl-tasks", "--sigma-rl-lr", "--sigma-rl-placebo",
-    "--verifier-eval-tasks",
+    "--verifier-eval-tasks", "--ttrl-task-families", "--verifier-symbolic-engine",
     "--self-evolve-shuffled", "--self-improver-shuffled", "--uroboros-placebo",
 }  # fmt: skip
 

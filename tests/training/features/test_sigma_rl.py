@@ -4,6 +4,8 @@ The verifier here passes about half of any model's completions, so that a tiny u
 something to learn from; everything else is what a run builds.
 """
 
+import sys
+
 import pytest
 
 from tests.integration.runs import differences, metrics_rows, stop_after, tiny_flags, train
@@ -166,8 +168,54 @@ def test_a_run_too_short_for_a_tick_is_refused(tmp_path):
         (("--ttrl-interval", "1", "--ttrl-label-mode", "majority"), "--no-verifier-code-enabled"),
         (("--ttrl-interval", "1", "--ttrl-asym-verify-enabled", "--ttrl-discriminative-topk", "2"),
          "--ttrl-group-size"),
+        (("--ttrl-interval", "1", "--grpo-backend", "trl", "--sigma-rl-placebo", "random",
+          "--ttrl-asym-verify-enabled"),
+         "drop --ttrl-asym-verify-enabled, --sigma-rl-placebo random"),
+        (("--ttrl-task-families", "add,magic"), "--ttrl-task-families: no task family 'magic'"),
+        (("--ttrl-task-families", "gym:magic"), "--ttrl-task-families: no task family gym:magic"),
+        (("--ttrl-task-families", ""), "--ttrl-task-families: no task family ''"),
+        (("--ttrl-interval", "1", "--ttrl-task-families", "function",
+          "--no-verifier-code-enabled"), "--verifier-code-enabled for those of"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(flags, named):
     with pytest.raises(ConfigError, match=named):
         parse_args(list(flags))
+
+
+def test_families_are_those_of_the_flags():
+    def families(*flags):
+        config = parse_args(["--ttrl-interval", "1", *flags])
+        return config.task_families(), config.has_code_tasks()
+
+    assert families() == (("add", "subtract", "multiply", "expression", "function"), True)
+    assert families("--no-verifier-code-enabled") == (("add", "subtract", "multiply"), False)
+    assert families("--ttrl-task-families", "symbolic, gym:gcd,function,symbolic") == (
+        ("symbolic", "gym:gcd", "function"),
+        True,
+    )
+    assert families("--ttrl-task-families", "function,add", "--no-verifier-math-enabled") == (
+        ("function",),
+        True,
+    )
+
+
+def test_the_tasks_of_a_run_are_of_the_families_that_were_named(tmp_path, monkeypatch):
+    seen = set()
+
+    class Witness(OddBytes):
+        def verify(self, tasks, completions, *, rng):
+            seen.update(task.family for task in tasks)
+            return super().verify(tasks, completions, rng=rng)
+
+    make_easy(monkeypatch, Witness)
+    flags = ("--ttrl-task-families", "symbolic", "--no-verifier-cascade-enabled", "--steps", "3")
+    rl_run(tmp_path / "run", *flags)
+    assert seen == {"symbolic"}
+
+
+def test_a_package_that_is_missing_ends_the_run_before_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(RuntimeError, match="--ttrl-task-families"):
+        rl_run(tmp_path / "run", "--ttrl-task-families", "add,gym:gcd")
+    assert not (tmp_path / "run").exists()

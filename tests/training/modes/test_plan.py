@@ -59,6 +59,20 @@ def test_time_follows_from_three_measured_steps(measured):
     assert result.total_tokens == 1000 * result.tokens_per_step
 
 
+def test_reinforcement_learning_has_its_place_in_the_plan(measured):
+    _, plain = measured
+    rl = "--ttrl-interval 2 --no-verifier-code-enabled --ttrl-max-new-tokens 3".split()
+    result = plan.measure(parse_args([*TINY, "--ema-enabled", *rl]), CPU)
+    learned = result.gradient_bytes  # of the parameters; RL keeps two moments and a reference
+    assert 3 * learned <= result.rl_bytes < 3 * learned + 2**16
+    assert result.checkpoint_bytes == plain.checkpoint_bytes + result.rl_bytes
+    micro, update = sorted(result.micro_step_s)[1], sorted(result.optimizer_step_s)[1]
+    assert result.step_s == pytest.approx(3 * micro + update + result.rl_tick_s / 2)
+    rows = dict(plan.plan_rows(result))
+    assert {"memory, reinforcement learning", "RL tick"} <= rows.keys()
+    assert not {"memory, reinforcement learning", "RL tick"} & dict(plan.plan_rows(plain)).keys()
+
+
 def test_activations_grow_with_the_batch_and_the_rest_does_not(measured):
     config, small = measured
     plans = [

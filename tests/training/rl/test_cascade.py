@@ -1,11 +1,11 @@
 """The cascade says what the strict verifier says, for less; its gate learns from strict words."""
 
-import json
 import math
 import random
 import sys
 
 import pytest
+import torch
 
 from tests.training.rl.completions import model_like
 from training.rl.cascade import VerifierCascade
@@ -97,10 +97,12 @@ def test_calibrating_measures_every_stage_and_finds_no_wrong_accept(strict, labe
     before = cascade.p_pass(tasks, texts, mean_log_probs=log_probs)
     assert set(before) == {0.0, 1.0}  # whether an answer could be read
     cascade.calibrate(tasks, texts, words, mean_log_probs=log_probs, rng=random.Random(4))
-    assert sum(record.decided for record in cascade.records.values()) == len(texts)
-    assert {record.false_accepts for record in cascade.records.values()} == {0}
-    assert {record.false_rejects for record in cascade.records.values()} == {0}
-    assert cascade.records["format"].decided > 0 and cascade.records["light"].seconds > 0
+    metrics = cascade.take_metrics()
+    for stage in ("format", "light"):
+        name = f"verifier_cascade_{stage}"
+        assert metrics[f"{name}_false_accept_share"] == metrics[f"{name}_false_reject_share"] == 0.0
+        assert 0.0 < metrics[f"{name}_cost_ms"] < metrics["verifier_cascade_strict_cost_ms"]
+    assert math.isnan(metrics["verifier_cascade_gate_cost_ms"])  # there was no gate yet
     chances = cascade.p_pass(tasks, texts, mean_log_probs=log_probs)
     passed = [chance for chance, word in zip(chances, words) if word.passed]
     failed = [chance for chance, word in zip(chances, words) if not word.passed]
@@ -108,8 +110,57 @@ def test_calibrating_measures_every_stage_and_finds_no_wrong_accept(strict, labe
     assert all(0 <= chance <= 1 for chance in chances)
     # What was learnt survives a checkpoint.
     other = VerifierCascade(strict)
-    other.load_state_dict(json.loads(json.dumps(cascade.state_dict())))
+    other.load_state_dict(cascade.state_dict())
     assert other.p_pass(tasks, texts, mean_log_probs=log_probs) == chances
+
+
+def looks(cascade, counts, *, seed=0, passes=lambda log_prob: log_prob > -1.5):
+    """Looks at programs that only the sandbox can tell, of so many each."""
+    task, rng = draw_task("function", level=1, rng=random.Random(1)), random.Random(seed)
+    for count in counts:
+        log_probs = [rng.uniform(-4, 0) for _ in range(count)]
+        texts = [undecidable(f"n{rng.getrandbits(60)}") for _ in range(count)]
+        words = [
+            judgement(passed=passes(value), answer=text) for value, text in zip(log_probs, texts)
+        ]
+        cascade.calibrate([task] * count, texts, words, mean_log_probs=log_probs, rng=rng)
+    return task
+
+
+def test_looks_add_up_to_a_gate_and_old_ones_go(monkeypatch):
+    """A look at 16 tasks is too small for a gate; four of them are not."""
+    monkeypatch.setattr("training.rl.cascade.MAX_LABELLED", 128)
+    cascade = VerifierCascade(Recorder())
+    task, ask = looks(cascade, [16] * 3), {"mean_log_probs": [-3.9, -0.1]}
+    texts = [undecidable("n" + digit * 18) for digit in "12"]  # as long as those it learns from
+    assert cascade.p_pass([task] * 2, texts, **ask) == [1.0, 1.0]
+    looks(cascade, [16], seed=1)
+    unlikely, likely = cascade.p_pass([task] * 2, texts, **ask)
+    assert unlikely < 0.2 and likely > 0.8
+    looks(cascade, [15] * 10, seed=2, passes=lambda log_prob: log_prob < -1.5)
+    unlikely, likely = cascade.p_pass([task] * 2, texts, **ask)
+    assert unlikely > 0.8 and likely < 0.2
+    assert len(cascade.state_dict()["labelled"]) <= 128
+
+
+def test_a_restored_one_learns_as_the_whole_would(monkeypatch):
+    whole = VerifierCascade(Recorder())
+    looks(whole, [40] * 3)
+    restored = VerifierCascade(Recorder())
+    restored.load_state_dict(whole.state_dict())
+    for one in (whole, restored):
+        looks(one, [40] * 2, seed=1)
+    states = [one.state_dict() for one in (whole, restored)]
+    assert torch.equal(*(state.pop("labelled") for state in states))
+    assert states[0] == states[1] and states[0]["gate"] is not None
+
+
+def test_what_the_gate_would_have_lost_is_counted_before_it_learns_from_it():
+    cascade, _, _ = gated_cascade(num=6000)
+    cascade.take_metrics()
+    looks(cascade, [50], passes=lambda log_prob: True)
+    share = cascade.take_metrics()["verifier_cascade_gate_false_reject_share"]
+    assert share == 1.0
 
 
 def test_the_gate_learns_from_strict_words_only():

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from training.rl.polynomials import (
     polynomial_text,
 )
 from training.rl.symbolic import SymbolicPool
-from training.rl.symbolic_worker import sympy_compare
+from training.rl.symbolic_worker import math_verify_compare, sympy_compare
 
 POLYNOMIALS = st.dictionaries(st.integers(0, 6), st.integers(-99, 99).filter(bool), max_size=4)
 
@@ -122,3 +123,42 @@ def test_a_killed_worker_is_replaced(pool):
 def test_an_unknown_engine_is_named():
     with pytest.raises(ValueError, match="sympy, math-verify"):
         SymbolicPool(num_workers=1, limit_s=1.0, engine="magic")
+
+
+@pytest.fixture(scope="module")
+def latex():
+    pytest.importorskip("math_verify", reason="needs math-verify")
+    return math_verify_compare()
+
+
+@given(POLYNOMIALS, POLYNOMIALS)
+@settings(deadline=None, max_examples=25)
+def test_math_verify_decides_like_the_normal_form(latex, left, right):
+    texts = polynomial_text(left), polynomial_text(right)
+    assert latex(*texts) == (left == right)
+    assert latex(texts[0], texts[0].replace("^", "**"))
+
+
+def test_math_verify_serves_a_pool(latex):
+    pool = SymbolicPool(num_workers=1, limit_s=60.0, engine="math-verify")
+    pool.try_engine()
+    pairs = [("x^2-1", "-1+x^2"), ("x^2-1", "x^2+1"), ("x^12", "x^1*2"), ("x", "x+(1")]
+    assert [one.reason == "passed" for one in pool.compare_many(pairs)] == [True] + [False] * 3
+    pool.close()
+
+
+@pytest.mark.parametrize("finds", [False, True])
+def test_an_engine_that_reads_nothing_or_passes_everything_is_refused(finds, monkeypatch):
+    """What math-verify does on Windows, where its time limits make every parse empty."""
+    module = SimpleNamespace(parse=lambda *a, **k: [], verify=lambda *a, **k: True)
+    if finds:
+        module.parse = lambda *a, **k: [1]
+    monkeypatch.setitem(sys.modules, "math_verify", module)
+    with pytest.raises(RuntimeError, match=r"1/2 is 0\.5"):
+        math_verify_compare()
+
+
+def test_the_missing_engine_is_named_with_the_flag(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(RuntimeError, match=r"pip install math-verify.*--verifier-symbolic-engine"):
+        math_verify_compare()

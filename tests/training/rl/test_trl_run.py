@@ -22,6 +22,7 @@ from training.features import FEATURES
 TRL = (
     *RL, "--grpo-backend", "trl", "--grpo-num-generations", "4", "--steps", "4",
     "--save-interval", "2", "--verifier-eval-every", "2",
+    "--no-ttrl-asym-verify-enabled", "--no-sigma-rl-auto-mix-enabled",
 )  # fmt: skip
 WITHOUT_UNSLOTH = "--no-require-unsloth-trl-patch"
 
@@ -60,6 +61,9 @@ def test_a_run_takes_steps_and_resumes_to_the_bit(tmp_path):
     last = trl_run(whole, WITHOUT_UNSLOTH)[-1]
     assert 1 <= last["grpo_steps"] and last["grpo_steps"] + last["grpo_dropped_steps"] == 2
     assert -1.0 <= last["grpo_reward_mean"] <= 2.0 and last["grpo_entropy"] > 0.0
+    assert last["feature_verifier_effective_calls"] == 2 * 2 * 4  # no other completion was judged
+    assert last["feature_sigma_rl_effective_calls"] == last["grpo_steps"]
+    assert not last["feature_verifier_cascade_enabled"] and "sigma_rl_ratio" not in last
     assert last["unsloth_trl_patch_active"] == last["unsloth_trl_patch_hits"] == 0.0
     trl_run(parted, WITHOUT_UNSLOTH, features=(*FEATURES, stop_after(3, parted)))
     trl_run(parted, WITHOUT_UNSLOTH)
