@@ -5,18 +5,22 @@ completions twice, strictly alone and through the cascade, and writes `rl_cascad
 lets pools of 32 candidates compete for the same seconds under three ways of verifying and writes
 `rl_shortlist.json`. The completions are solutions sent through a noisy channel
 (`tests/training/rl/completions.py`), or with `--completions FILE` those that
-`scripts/sample_completions.py` drew from a real pretrained model.
+`scripts/sample_completions.py` drew from a real pretrained model, of which the pools of programs
+compete; these reports are named `_real`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,10 @@ from tests.training.rl.completions import model_like, noisy
 from training.rl.cascade import VerifierCascade
 from training.rl.shortlist import choose, discriminative_scores, recall_at_k
 from training.rl.tasks import Task, draw_task
-from training.rl.verifier import Judgement, Verifier
+from training.rl.verifier import Verifier
 
-LIMIT_MS = 30_000
+LIMIT_MS = 2500  # what a run has if nobody says otherwise
+REPEATS, RESAMPLES = 200, 1000  # draws of a shortlist from each pool; of pools for the interval
 POOL, GROUP, TOPK, WEIGHT = 32, 5, 8, 0.35
 Row = tuple[Task, str, float]
 
@@ -106,8 +111,24 @@ def compare_cascade(rows: list[Row], strict: Verifier, *, audit_share: float) ->
     }
 
 
-def rows_of_gate(words: list[Judgement]) -> str:
-    return f"{sum(word.passed for word in words)} of {len(words)} pass"
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """What one pool gave in one arm: mean over draws of solved (0 or 1), seconds and recall."""
+
+    solved: float
+    verify_s: float
+    recall: float
+
+
+def found_by(
+    correct: Sequence[bool], seconds: Sequence[float], choices: Sequence[Sequence[int]]
+) -> Found:
+    recalls = [recall_at_k(correct, places) for places in choices]
+    return Found(
+        solved=statistics.fmean(any(correct[n] for n in places) for places in choices),
+        verify_s=statistics.fmean(sum(seconds[n] for n in places) for places in choices),
+        recall=statistics.fmean(recalls) if any(correct) else math.nan,
+    )
 
 
 def compare_shortlists(
@@ -115,56 +136,80 @@ def compare_shortlists(
 ) -> dict[str, Any]:
     """Solved tasks per second when all, some at random, or the best-scored some are verified.
 
-    Verifying is real: every candidate's strict run was timed. Drafting is a model of its cost:
-    `draft_s` seconds for each of the pool's candidates, the same in every arm.
+    Verifying is real: every candidate's strict run was timed once. Drafting costs `draft_s` seconds
+    for each of the pool's candidates, the same in every arm. Shortlists are drawn 200 times, so
+    that only the pools are a matter of luck.
     """
     cascade = VerifierCascade(strict, audit_share=0.0)
     tasks, texts, log_probs = columns(calibration)
     words = strict.judge(tasks, texts, rng=random.Random(3))
     cascade.calibrate(tasks, texts, words, mean_log_probs=log_probs, rng=random.Random(4))
     rng = random.Random(5)
-    arms = {
-        name: {"solved": 0, "verify_s": 0.0, "recalls": []} for name in ("all", "random", "score")
-    }
+    arms: dict[str, list[Found]] = {"all": [], "random": [], "score": []}
     for pool in pools:
         tasks, texts, log_probs = columns(pool)
         judged = strict.judge(tasks, texts, rng=random.Random(6))
-        correct = [one.passed for one in judged]
+        correct, seconds = [one.passed for one in judged], [one.elapsed_s for one in judged]
         chances = cascade.p_pass(tasks, texts, mean_log_probs=log_probs)
         scores = discriminative_scores(log_probs, chances, weight=WEIGHT)
-        chosen = {
-            "all": list(range(len(pool))),
-            "random": choose([0.0] * len(pool), GROUP, TOPK, rng=rng).verified,
-            "score": choose(scores, GROUP, TOPK, rng=rng).verified,
-        }
-        for name, places in chosen.items():
-            arms[name]["solved"] += any(correct[place] for place in places)
-            arms[name]["verify_s"] += sum(judged[place].elapsed_s for place in places)
-            if any(correct):
-                arms[name]["recalls"].append(recall_at_k(correct, places))
-    draft = draft_s * sum(len(pool) for pool in pools)
+        equal = [0.0] * len(pool)
+        for name, by, num in (("random", equal, REPEATS), ("score", scores, REPEATS)):
+            choices = [choose(by, GROUP, TOPK, rng=rng).verified for _ in range(num)]
+            arms[name].append(found_by(correct, seconds, choices))
+        arms["all"].append(found_by(correct, seconds, [range(len(pool))]))
+    per_pool = draft_s * len(pools[0])
     return {
         "pools": len(pools),
+        "pools_with_a_right_answer": round(sum(one.solved for one in arms["all"])),
         "pool_size": len(pools[0]),
         "group": GROUP,
         "topk": TOPK,
         "weight": WEIGHT,
-        "calibrated_on": rows_of_gate(words),
-        "draft_seconds_per_candidate": draft_s,
-        "arms": {name: summary(arm, pools=len(pools), draft=draft) for name, arm in arms.items()},
+        "calibrated_on": f"{sum(word.passed for word in words)} of {len(words)} pass",
+        "draft_seconds_per_candidate": round(draft_s, 4),
+        "arms": {name: summary(arm, draft_s=per_pool) for name, arm in arms.items()},
+        "score_over_random": ratios(arms["score"], arms["random"], draft_s=per_pool),
+        "score_over_all": ratios(arms["score"], arms["all"], draft_s=per_pool),
     }
 
 
-def summary(arm: dict[str, Any], *, pools: int, draft: float) -> dict[str, Any]:
-    recalls = arm["recalls"]
+def rate(arm: Sequence[Found], *, draft_s: float) -> float:
+    """Solved tasks per second of verifying and drafting."""
+    return sum(one.solved for one in arm) / sum(one.verify_s + draft_s for one in arm)
+
+
+def summary(arm: Sequence[Found], *, draft_s: float) -> dict[str, Any]:
+    recalls = [one.recall for one in arm if not math.isnan(one.recall)]
     error = statistics.stdev(recalls) / len(recalls) ** 0.5 if len(recalls) > 1 else 0.0
     return {
-        "solved_share": round(arm["solved"] / pools, 4),
-        "verify_seconds": round(arm["verify_s"], 3),
+        "solved_share": round(statistics.fmean(one.solved for one in arm), 4),
+        "verify_seconds": round(sum(one.verify_s for one in arm), 3),
         "recall": round(statistics.fmean(recalls), 4) if recalls else None,
         "recall_standard_error": round(error, 4),
-        "solved_per_second": round(arm["solved"] / (arm["verify_s"] + draft), 4),
+        "solved_per_second": round(rate(arm, draft_s=draft_s), 4),
+        "solved_per_second_of_verifying": round(rate(arm, draft_s=0.0), 4),
     }
+
+
+def ratios(one: Sequence[Found], other: Sequence[Found], *, draft_s: float) -> dict[str, Any]:
+    """Ratio of the two arms' solved tasks per second, with drafting and without; 95 % intervals
+    over pools drawn anew (pools without a right answer included)."""
+    rng, found = random.Random(7), {}
+    for name, draft in (("with_drafting", draft_s), ("verifying_alone", 0.0)):
+        ratio = [rate(one, draft_s=draft) / max(rate(other, draft_s=draft), 1e-9)]
+        for _ in range(RESAMPLES):
+            places = rng.choices(range(len(one)), k=len(one))
+            pair = [[arm[place] for place in places] for arm in (one, other)]
+            below = rate(pair[1], draft_s=draft)
+            if below:
+                ratio.append(rate(pair[0], draft_s=draft) / below)
+        ranked = sorted(ratio[1:])
+        ends = (ranked[len(ranked) // 40], ranked[-1 - len(ranked) // 40])
+        found[name] = {
+            "ratio": round(ratio[0], 3),
+            "interval": [round(end, 3) for end in ends],
+        }
+    return found
 
 
 def main() -> int:
@@ -186,9 +231,11 @@ def main() -> int:
     else:
         source = json.loads(options.completions.read_text(encoding="utf-8"))
         made = {name: value for name, value in source.items() if name != "items"}
-        both = sampled_pools(options.completions)
-        rows, pools = [row for pool in both for row in pool], both[::2]
-        calibration = [row for pool in both[1::2] for row in pool]
+        every = sampled_pools(options.completions)
+        rows = [row for pool in every for row in pool]
+        both = [pool for pool in every if pool[0][0].code is not None]
+        pools, calibration = both[::2], [row for pool in both[1::2] for row in pool]
+        options.draft_ms = 1000 * source["seconds"] / len(rows)
     strict = Verifier(code=True, timeout_ms=LIMIT_MS, num_workers=options.workers)
     facts = {"completions": made, "seed": options.seed, "workers": options.workers}
     try:
@@ -204,7 +251,8 @@ def main() -> int:
     facts |= {"code": code_version(), "machine": machine_text()}
     options.report_dir.mkdir(parents=True, exist_ok=True)
     for name, report in reports.items():
-        path = options.report_dir / f"{name}.json"
+        real = "" if options.completions is None else "_real"
+        path = options.report_dir / f"{name}{real}.json"
         path.write_text(json.dumps(facts | report, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(report, indent=2))
     return 0

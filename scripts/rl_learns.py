@@ -54,7 +54,7 @@ from training.tokenizer import Tokenizer
 
 WHAT = "Does reinforcement learning learn? Arms from one small model, and their placebos."
 TICKS, TASKS, LR, KL = 80, 64, 6e-4, 0.02
-VOTED_TICKS, VOTED_LR = 160, 1.5e-4  # votes err: shorter steps, and more of them
+VOTED_TICKS, VOTED_LR, VOTED_KL = 60, 3e-4, 0.5  # votes err: shorter steps, on a leash
 SAMPLING = CandidateSettings(group_size=8, max_new_tokens=6, temperature=0.8, top_k=40)
 # 32 votes, of which the policy learns from 8.
 VOTING = replace(SAMPLING, label_mode="majority", asym=True, pool_multiplier=4.0, topk=8)
@@ -68,6 +68,7 @@ class Arm:
     tasks: int = TASKS
     ticks: int = TICKS
     lr: float = LR
+    kl: float = KL
     misled: bool = False
 
     @property
@@ -76,7 +77,7 @@ class Arm:
         return "misled_start" if self.misled else "start"
 
 
-VOTED = Arm(settings=VOTING, lr=VOTED_LR, ticks=VOTED_TICKS)
+VOTED = Arm(settings=VOTING, lr=VOTED_LR, kl=VOTED_KL, ticks=VOTED_TICKS)
 DRAWN = replace(VOTED, settings=replace(SAMPLING, placebo="random"))
 FORCED = replace(VOTED, settings=replace(VOTING, majority_min_share=0.0))
 ARMS = {
@@ -103,7 +104,7 @@ def reinforce(
         update=PolicyUpdate(
             model,
             UpdateSettings(
-                main="cispo", clip=ClipSettings(), lr=arm.lr, entropy_weight=0.001, kl_weight=KL
+                main="cispo", clip=ClipSettings(), lr=arm.lr, entropy_weight=0.001, kl_weight=arm.kl
             ),
         ),
         sampler=FixedLevels(FAMILIES, seed=seed),

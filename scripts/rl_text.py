@@ -2,9 +2,9 @@
 
 The text is the embedded corpus and lines of arithmetic by somebody who errs: every third sum or
 difference is off by 1, 2 or 10. So the model comes out unsure of them, but its majority is usually
-right. In the misled text, as with products in both, the commonest answer to each is a wrong one,
-always by the same slip, and the right one comes second: there the majority is wrong, and a model
-that believed it would be sure of a wrong rule.
+right. In the misled text, which a model may read afterwards, as with products in both, the
+commonest answer to each is a wrong one, always by the same slip, and the right one comes second:
+there the majority is wrong, and a model that believed it would be sure of a wrong rule.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SLIPS = (-10, -2, -1, 1, 2, 10)
 RIGHT_PRODUCTS, RIGHT_MISLED, COMMON_SLIP_SHARE, COMMON_SLIP = 0.27, 0.22, 0.33, 3
 RARE_SLIPS = (-12, -10, -4, -2, -1, 1, 2, 10)
 ROW_TOKENS, ARITHMETIC_ROWS, CORPUS_ROWS = 128, 8, 1
-PRETRAIN_ROUNDS, WARMUP_STEPS = (650, 400), 20
+PRETRAIN_ROUNDS, MISLED_STEPS, WARMUP_STEPS = (650, 400), 300, 20
 CORPUS_BYTES = 4_000_000
 EXAM_SAMPLES = 16
 
@@ -179,17 +179,20 @@ def pretrained(
     say: Callable[[str], object],
     misled: bool = False,
 ) -> SigmaLLM:
-    """The pretrained model of a seed; rounds whose files there are, are not done again."""
+    """The pretrained model of a seed, misled by one more round if that is asked for; rounds whose
+    files there are, are not done again."""
     directory.mkdir(parents=True, exist_ok=True)
     model = new_model(seed, tokenizer)
-    name = f"{'misled' if misled else 'pretrained'}_{seed}"
-    for number, steps in enumerate(PRETRAIN_ROUNDS):
-        path = directory / f"{name}_{number}.safetensors"
+    rounds = [*PRETRAIN_ROUNDS, MISLED_STEPS] if misled else PRETRAIN_ROUNDS
+    for number, steps in enumerate(rounds):
+        is_misled = number == len(PRETRAIN_ROUNDS)
+        name = f"misled_{seed}" if is_misled else f"pretrained_{seed}_{number}"
+        path = directory / f"{name}.safetensors"
         if path.is_file():
             model.load_state_dict(load_file(path))
             continue
-        own_seed = seed + 1000 * number
-        read_text(model, tokenizer, steps=steps, seed=own_seed, misled=misled, say=say)
+        own = seed + 1000 * number
+        read_text(model, tokenizer, steps=steps, seed=own, misled=is_misled, say=say)
         save_file({name: value.clone() for name, value in model.state_dict().items()}, path)
     return model
 

@@ -100,8 +100,10 @@ class VerifierCascade:
         if not 0 <= audit_share <= 1:
             raise ValueError(f"an audit share of {audit_share} is no share")
         self.decided_early = 0
-        self._records = {stage: StageRecord() for stage in STAGES}
-        self._stage_ms = dict.fromkeys(STAGES, math.nan)  # a decision's, in the last look
+        self._records: dict[str, StageRecord] = {stage: StageRecord() for stage in STAGES}
+        self._stage_ms: dict[str, float] = dict.fromkeys(
+            STAGES, math.nan
+        )  # a decision's, in the last look
         # Rows of features, whether it passed, and whether only the gate or the sandbox could tell.
         self._labelled: list[tuple[float, ...]] = []
         self._unfitted = 0

@@ -10,6 +10,7 @@ import torch
 from model.generation import iter_generate
 from tests.training.rl.small_model import PAD, STOPS, VOCAB, random_prompts, small_model
 from training.rl import rollout as rollout_module
+from training.rl.objectives import ClipSettings, policy_loss
 from training.rl.rollout import (
     Rollout,
     choose,
@@ -173,6 +174,31 @@ def test_a_ternary_model_in_fp32_differs_by_single_rounding_steps():
     error = (found.detach() - result.old_log_probs).abs()[result.completion_mask]
     assert error.median() < 1e-5
     assert error.mean() < 1e-3 and error.max() < 5e-2
+
+
+def test_the_rounding_steps_of_a_ternary_model_do_not_bias_the_importance_ratio():
+    """Sampling and training forward are two distributions, each normalised: the mean ratio is 1."""
+    model = small_model(quant_mode="bitnet_1_58", n_layers=6, d_model=64, n_heads=4)
+    result = roll(model, groups_of(4, random_prompts(64)))
+    found, _ = completion_log_probs(model, result)
+    mask = result.completion_mask
+    ratio = (found.detach() - result.old_log_probs)[mask].double().exp()
+    assert (ratio != 1.0).double().mean() > 0.1 and (ratio - 1).abs().max() < 0.2  # none is clipped
+    error = ratio.std() / len(ratio) ** 0.5
+    assert abs(ratio.mean() - 1) < 4 * error < 1e-3
+    advantages = torch.randn(len(result), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for old in (result.old_log_probs, found.detach()):
+        term = policy_loss(
+            "cispo",
+            log_probs=found,
+            old_log_probs=old,
+            advantages=advantages,
+            mask=mask,
+            clip=ClipSettings(),
+        )
+        gradients.append(torch.autograd.grad(term.loss, found, retain_graph=True)[0])
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
 
 
 def test_log_probs_and_entropy_equal_those_of_plain_logits_with_their_gradient():
