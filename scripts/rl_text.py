@@ -44,12 +44,12 @@ PRODUCTS = "multiply"
 LEVELS = {"add": 2, "subtract": 2, "multiply": 1}
 SLIP_SHARE = 0.35
 SLIPS = (-10, -2, -1, 1, 2, 10)
-# Where the majority is wrong: shares of the right answer, of products and of the misled text, and
-# of the common slip; the rest is spread over the others.
-RIGHT_PRODUCTS, RIGHT_MISLED, COMMON_SLIP_SHARE, COMMON_SLIP = 0.27, 0.22, 0.33, 3
+# Where the majority is wrong: shares of the right answer and of the common slip, of products and
+# of the misled text; the rest is spread over the others.
+OF_PRODUCTS, OF_MISLED, COMMON_SLIP = (0.27, 0.33), (0.3, 0.5), 3
 RARE_SLIPS = (-12, -10, -4, -2, -1, 1, 2, 10)
-ROW_TOKENS, ARITHMETIC_ROWS, CORPUS_ROWS = 128, 8, 1
-PRETRAIN_ROUNDS, MISLED_STEPS, WARMUP_STEPS = (650, 400), 300, 20
+ROW_TOKENS, OWN_ROWS, CORPUS_ROWS = 128, 8, 1
+PRETRAIN_ROUNDS, MISLED_STEPS, WARMUP_STEPS = (650, 400), 450, 20
 CORPUS_BYTES = 4_000_000
 EXAM_SAMPLES = 16
 
@@ -97,10 +97,10 @@ def written_answer(task: Task, rng: random.Random, *, misled: bool = False) -> s
     answer, point = int(task.answer or "0"), rng.random()
     if task.family != PRODUCTS and not misled:
         return str(answer + (rng.choice(SLIPS) if point < SLIP_SHARE else 0))
-    right = RIGHT_MISLED if misled else RIGHT_PRODUCTS
+    right, common = OF_MISLED if misled else OF_PRODUCTS
     if point < right:
         return str(answer)
-    if point < right + COMMON_SLIP_SHARE:
+    if point < right + common:
         return str(answer + COMMON_SLIP)
     return str(answer + rng.choice(RARE_SLIPS))
 
@@ -142,23 +142,23 @@ def rows_of(lines: Iterator[list[int]], count: int) -> Iterator[Tensor]:
 def read_text(
     model: SigmaLLM,
     tokenizer: Tokenizer,
+    lines: Iterator[list[int]],
     *,
     steps: int,
     seed: int,
-    misled: bool,
     say: Callable[[str], object],
 ) -> None:
-    """One round of pretraining, with a learning rate that rises and falls."""
-    rng = random.Random(seed)
+    """One round of pretraining on these lines and the corpus, with a learning rate that rises and
+    falls."""
     optimizer = build_optimizer(model, config_of(seed).optim, seed=seed)
-    arithmetic = rows_of(arithmetic_lines(tokenizer, rng, misled=misled), ARITHMETIC_ROWS)
+    own = rows_of(lines, OWN_ROWS)
     corpus = rows_of(corpus_lines(tokenizer), CORPUS_ROWS)
     model.train()
     for step in range(1, steps + 1):
         remaining = (steps - step) / (0.5 * steps)
         factor = min(1.0, step / WARMUP_STEPS, max(0.05, remaining))
         optimizer.set_schedule(lr_factor=factor, decay_factor=1.0)
-        rows = torch.cat([next(arithmetic), next(corpus)])
+        rows = torch.cat([next(own), next(corpus)])
         inputs = rows[:, :-1]
         output = model(inputs, reset_mask=inputs == tokenizer.end_id, labels=rows[:, 1:])
         assert output.loss is not None
@@ -192,7 +192,8 @@ def pretrained(
             model.load_state_dict(load_file(path))
             continue
         own = seed + 1000 * number
-        read_text(model, tokenizer, steps=steps, seed=own, misled=is_misled, say=say)
+        lines = arithmetic_lines(tokenizer, random.Random(own), misled=is_misled)
+        read_text(model, tokenizer, lines, steps=steps, seed=own, say=say)
         save_file({name: value.clone() for name, value in model.state_dict().items()}, path)
     return model
 

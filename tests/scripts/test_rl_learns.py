@@ -41,7 +41,6 @@ def test_where_the_majority_is_wrong_the_right_answer_comes_second(family, misle
     answers = Counter(written_answer(task, rng, misled=misled) for _ in range(4000))
     assert answers.most_common(1)[0][0] == str(int(task.answer or "") + COMMON_SLIP)
     assert answers.most_common(2)[1][0] == task.answer
-    assert answers.most_common(1)[0][1] < 0.4 * 4000  # so that votes can abstain
 
 
 def test_what_is_examined_is_not_trained_on():

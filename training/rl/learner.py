@@ -125,6 +125,9 @@ class Learner:
         self._tokens += made.num_tokens
         blend, arm = self._blend(made, rng)
         repeats = self.budget.repeats(mean_reward, factor=budget_factor) if batches else 0
+        if self._is_majority:
+            # Adam gives a step its full length from one clear vote as from a tick full of them.
+            weight *= sum(not group.vote.abstained for group in made.groups) / len(made.groups)
         reports: list[UpdateReport] = []
         for _ in range(repeats):
             reports.append(self.update.step(batches, blend=blend, weight=weight))

@@ -1,7 +1,9 @@
 """A tick of RL: what moves weights and what does not, which labels it may know, exact resume."""
 
 import copy
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests.training.rl.small_learner import (
     weights_of,
 )
 from training.rl.rollout import sample
+from training.rl.votes import majority_vote
 
 
 def same(first, second):
@@ -291,3 +294,22 @@ def sample_of(learner):
         stop_ids=(),
         pad_id=0,
     )
+
+
+def test_a_tick_of_votes_steps_as_far_as_its_clear_ones_reach(monkeypatch):
+    """Two of four votes are clear: half a step."""
+    turns = itertools.count()
+
+    def vote(answers, *, min_share):
+        found = majority_vote(["1", "1", "1"], min_share=min_share)
+        return found if next(turns) % 2 else replace(found, label=None)
+
+    monkeypatch.setattr("training.rl.candidates.majority_vote", vote)
+    monkeypatch.setattr(
+        "training.rl.candidates.extract_answer", lambda text, task: str(sum(text.encode()) % 2)
+    )
+    learner = small_learner(candidates={"label_mode": "majority"})
+    result = learner.tick(seed=1, weight=0.5)
+    assert result.effects["sigma_rl"] == 1 and result.metrics["ttrl_abstain_rate"] == 0.5
+    (group,) = learner.update.optimizer.param_groups
+    assert group["lr"] == pytest.approx(learner.update.settings.lr * 0.5 * 0.5)
