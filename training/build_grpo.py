@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from model.sigma_llm import SigmaLLM
+from training.build_rl import build_verifier
 from training.config.sigma_config import SigmaConfig
 from training.rl.learner import Learner
 from training.rl.tasks import CODE_FAMILIES, draw_task
@@ -17,7 +18,6 @@ from training.rl.trl_classes import trl_classes
 from training.rl.trl_learner import TrlLearner
 from training.rl.trl_sigma import SigmaTrlBackend
 from training.rl.unsloth_bridge import load_unsloth
-from training.rl.verifier import Verifier
 from training.runtime.environment import autocast_dtype
 from training.tokenizer import Tokenizer
 
@@ -40,12 +40,7 @@ def with_trl(
     )
     trl_classes()
     families = learner.sampler.families
-    has_code = config.has_code_tasks()
-    verifier = Verifier(
-        code=has_code,
-        timeout_ms=round(config.grpo.code_timeout_sec * 1000),
-        engine=config.verifier.symbolic_engine if "symbolic" in families else "sympy",
-    )
+    verifier = build_verifier(config, timeout_ms=round(config.grpo.code_timeout_sec * 1000))
     backend = SigmaTrlBackend(
         model,
         tokenizer,

@@ -17,6 +17,7 @@ from training.rl.cascade import VerifierCascade
 from training.rl.learner import Learner, LearnerSettings
 from training.rl.objectives import ClipSettings
 from training.rl.policy_update import PolicyUpdate, UpdateSettings
+from training.rl.symbolic import SYMPY
 from training.rl.tasks import TaskSampler, draw_task
 from training.rl.verifier import Verifier
 from training.rl_service import RLService
@@ -84,11 +85,7 @@ def build_learner(config: SigmaConfig, model: SigmaLLM, tokenizer: Tokenizer) ->
     families = config.task_families()
     for family in families:  # what is not installed is said now
         draw_task(family, level=1, rng=random.Random(config.run.seed))
-    strict = Verifier(
-        code=config.has_code_tasks(),
-        timeout_ms=verifier.timeout_ms,
-        engine=verifier.symbolic_engine if "symbolic" in families else "sympy",
-    )
+    strict = build_verifier(config, timeout_ms=verifier.timeout_ms)
     maker = CandidateMaker(
         model,
         tokenizer,
@@ -112,6 +109,16 @@ def build_learner(config: SigmaConfig, model: SigmaLLM, tokenizer: Tokenizer) ->
         update=update,
         sampler=TaskSampler(families, seed=config.run.seed),
         val_sampler=TaskSampler(families, split="val", seed=config.run.seed),
+    )
+
+
+def build_verifier(config: SigmaConfig, *, timeout_ms: int) -> Verifier:
+    """Its sandbox is for code tasks only, an engine that may be missing for formulas only."""
+    symbolic = "symbolic" in config.task_families()
+    return Verifier(
+        code=config.has_code_tasks(),
+        timeout_ms=timeout_ms,
+        engine=config.verifier.symbolic_engine if symbolic else SYMPY,
     )
 
 

@@ -101,9 +101,8 @@ class VerifierCascade:
             raise ValueError(f"an audit share of {audit_share} is no share")
         self.decided_early = 0
         self._records: dict[str, StageRecord] = {stage: StageRecord() for stage in STAGES}
-        self._stage_ms: dict[str, float] = dict.fromkeys(
-            STAGES, math.nan
-        )  # a decision's, in the last look
+        # What a decision took in the last look.
+        self._stage_ms: dict[str, float] = dict.fromkeys(STAGES, math.nan)
         # Rows of features, whether it passed, and whether only the gate or the sandbox could tell.
         self._labelled: list[tuple[float, ...]] = []
         self._unfitted = 0

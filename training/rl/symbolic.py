@@ -19,7 +19,8 @@ from multiprocessing.context import SpawnProcess
 from training.rl.sandbox_job import TIMEOUT
 from training.rl.symbolic_worker import READY, serve
 
-SYMPY, MATH_VERIFY = ENGINES = ("sympy", "math-verify")
+SYMPY = "sympy"
+ENGINES = (SYMPY, "math-verify")
 START_LIMIT_S = 120.0  # of importing a computer algebra system on a busy machine
 ATTEMPTS = 3
 LOST = "lost"
@@ -107,7 +108,7 @@ class SymbolicPool:
             self._idle.put(worker)
 
     def try_engine(self) -> None:
-        """Start one worker, which must find x equal to itself; RuntimeError if it cannot."""
+        """Start one worker, whose engine is tried then; RuntimeError if it does not work."""
         worker = self._idle.get()
         try:
             worker.compare("x", "x", limit_s=self._limit_s)

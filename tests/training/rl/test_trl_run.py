@@ -37,7 +37,7 @@ class OddBytesAndLines(OddBytes):
 @pytest.fixture(autouse=True)
 def easy_verifier(monkeypatch):
     make_easy(monkeypatch)
-    monkeypatch.setattr("training.build_grpo.Verifier", OddBytesAndLines)
+    monkeypatch.setattr("training.build_rl.Verifier", OddBytesAndLines)
 
 
 def trl_run(directory: Path, *more: str, features=FEATURES):
