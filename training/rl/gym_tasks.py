@@ -36,7 +36,11 @@ def gym_levels(generator: str) -> int:
 def draw_gym(generator: str, *, level: int, rng: random.Random) -> tuple[str, str]:
     """Prompt and answer; RuntimeError names the package where it is missing."""
     try:
-        from reasoning_gym.factory import create_curriculum, create_dataset, has_curriculum
+        from reasoning_gym.factory import (  # pyright: ignore[reportMissingImports]
+            create_curriculum,
+            create_dataset,
+            has_curriculum,
+        )
     except ImportError as error:
         raise RuntimeError(
             f"tasks gym:{generator} need the package reasoning-gym: pip install "
