@@ -207,6 +207,7 @@ def soak(
 ) -> dict[str, Any]:
     """Train under siege; the report."""
     rng, begun = random.Random(seed), time.monotonic()
+    others = len(processes_below(os.getpid()))  # of whoever called
     (folder / "scene").mkdir(parents=True)
     scene, run = Scene(folder / "scene"), folder / "run"
     own = {"R13": attempts(scene), "R14": rewards(rng), "R15": mixture(rng)}
@@ -227,7 +228,7 @@ def soak(
     scene.close()
     rows = metrics_rows(run)[1:]
     finite = all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
-    left = len(processes_below(os.getpid()))
+    left = len(processes_below(os.getpid())) - others
     faults = siege.faults if finite else [*siege.faults, "weights are not finite"]
     if siege.most_processes > before:
         faults.append(f"{siege.most_processes - before} processes were left over after a batch")

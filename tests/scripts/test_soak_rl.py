@@ -18,6 +18,7 @@ def test_a_wrong_verdict_is_the_one_fault_of_a_run_whose_sandbox_is_killed(tmp_p
     monkeypatch.setattr(programs, "HACKS", (*programs.HACKS[:9], honest))
     monkeypatch.setattr(soak_rl, "KILL_EVERY", 1)
     report = soak_rl.soak(tmp_path, runs=40, seed=0, minutes=10.0, limit_ms=60_000, suites=["R14"])
+    assert len(report["faults"]) == 1, report["faults"]
     (fault,) = report["faults"]
     assert fault.startswith("R14 hack Judgement(passed=True") and "return sum(n * n" in fault
     assert report["programs"] == 40 and report["outcomes"]["R14 honest passed"] == 30
