@@ -4,7 +4,9 @@
 negated, a call left out, a constant shifted, a return emptied) of checkpoint, manifest, restore,
 file operations, locks and verdict, and runs the tests of that module against each in a fork of
 this process, until one fails. Survivors are listed with their line in
-`bench/results/reliability_r25.json`. A mutant that makes the tests hang is killed: it is noticed.
+`bench/results/reliability_r25.json`; those that change nothing a test could see are named, with the
+reason, in equivalent_mutants.py. A mutant that makes the tests hang is killed: it is noticed. With
+`--state PATH` a later call goes on where an earlier one ended.
 After DeMillo, Lipton and Sayward 1978; the operators are the sufficient set of Offutt et al. 1996.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import hashlib
 import importlib.abc
 import importlib.util
 import json
@@ -25,6 +28,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scripts.equivalent_mutants import EQUIVALENT
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 240.0
@@ -45,6 +50,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"{RUNTIME}/test_locks_and_signals.py", f"{RUNTIME}/test_run_lock_race.py",
     ),
     "training.rl.verdict": ("tests/training/rl/test_verdict.py",),
+    "training.rl.verifier": ("tests/training/rl/test_verifier.py",),
 }  # fmt: skip
 TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -58,17 +64,29 @@ SWAPPED: dict[type[ast.operator], type[ast.operator]] = {
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class Mutant:
-    """A module with one change, and where the change is."""
+    """A module with one change, and where the change is; `key` differs for another source."""
 
     module: str
     line: int
     what: str
     tree: ast.Module
+    key: str
+    text: str  # of the line
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}:{self.line} {self.what}"
+
+    @property
+    def equivalent(self) -> str:
+        """Why no test can notice it, "" if one should."""
+        return EQUIVALENT.get((self.module, self.text, self.what), "")
 
 
 def mutants_of(module: str, source: str) -> Iterator[Mutant]:
     """All mutants of a module's source; docstrings, annotations and messages stay."""
-    tree = ast.parse(source)
+    tree, lines = ast.parse(source), source.splitlines()
+    version = hashlib.sha256(source.encode()).hexdigest()[:12]
     settings = {part for node in ast.walk(tree) for part in decorator_parts(node)}
     for number, node in enumerate(ast.walk(tree)):
         for choice, what in enumerate([] if node in settings else describe_changes(node)):
@@ -77,7 +95,12 @@ def mutants_of(module: str, source: str) -> Iterator[Mutant]:
             change(target, choice)
             line = getattr(node, "lineno", 0)
             yield Mutant(
-                module=module, line=line, what=what, tree=ast.fix_missing_locations(changed)
+                module=module,
+                line=line,
+                what=what,
+                tree=ast.fix_missing_locations(changed),
+                key=f"{module} {version} {number} {choice}",
+                text=lines[line - 1].strip(),
             )
 
 
@@ -205,8 +228,13 @@ def is_noticed(mutant: Mutant | None, tests: Sequence[str]) -> bool:
     return True
 
 
-def run(modules: Sequence[str], *, seed: int, minutes: float, count: int) -> dict[str, Any]:
-    """Try mutants in a drawn order until there are no more, or no more time; the report."""
+def run(
+    modules: Sequence[str], *, seed: int, minutes: float, count: int, state: Path | None = None
+) -> dict[str, Any]:
+    """Try mutants in a drawn order until there are no more, or no more time; the report.
+
+    What `state` says was noticed is not tried again; survivors are, because tests may be new.
+    """
     import pytest  # loaded once, for all forks
     import torch
 
@@ -217,14 +245,21 @@ def run(modules: Sequence[str], *, seed: int, minutes: float, count: int) -> dic
         if is_noticed(None, tests):
             raise RuntimeError(f"{tests[0]} and those after it fail without any mutant")
     random.Random(seed).shuffle(pool)
+    known = set(state.read_text("utf-8").splitlines()) if state and state.exists() else set()
     for mutant in pool[: count or None]:
-        if time.monotonic() - start > 60.0 * minutes:
-            break
+        is_known = mutant.key in known
+        if not is_known and time.monotonic() - start > 60.0 * minutes:
+            continue
         tried[mutant.module] += 1
+        if is_known:
+            continue
         if not is_noticed(mutant, TESTS[mutant.module]):
-            survivors.append(f"{mutant.module}:{mutant.line} {mutant.what}")
-            print(f"survived: {survivors[-1]}", flush=True)
-    total = sum(tried.values())
+            survivors.append(mutant)
+            print(f"survived: {mutant.name}", flush=True)
+        elif state:
+            with state.open("a", encoding="utf-8") as file:
+                file.write(f"{mutant.key}\n")
+    total, missed = sum(tried.values()), [m for m in survivors if not m.equivalent]
     return {
         "suite": "R25",
         "what": "mutants of the crash-safety modules against their tests",
@@ -232,8 +267,9 @@ def run(modules: Sequence[str], *, seed: int, minutes: float, count: int) -> dic
         "mutants": len(pool),
         "tried": tried,
         "trials": total,
-        "killed_share": round(1.0 - len(survivors) / max(1, total), 4),
-        "survivors": sorted(survivors),
+        "killed_share": round(1.0 - len(missed) / max(1, total), 4),
+        "survivors": sorted(mutant.name for mutant in missed),
+        "equivalent": {m.name: m.equivalent for m in survivors if m.equivalent},
         "complete": total == len(pool),
         "seconds": round(time.monotonic() - start, 1),
         "pytest": pytest.__version__,
@@ -248,10 +284,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--count", type=int, default=0, help="at most so many mutants; 0 = all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--state", type=Path, help="file that remembers what was noticed")
     parser.add_argument("--report", type=Path, default=ROOT / "bench/results/reliability_r25.json")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
-    report = run(options.modules, seed=options.seed, minutes=options.minutes, count=options.count)
+    report = run(
+        options.modules,
+        seed=options.seed,
+        minutes=options.minutes,
+        count=options.count,
+        state=options.state,
+    )
     options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
     return int(report["killed_share"] < 0.95)
