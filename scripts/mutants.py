@@ -34,8 +34,9 @@ from scripts.equivalent_mutants import EQUIVALENT
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 240.0
 RUNTIME = "tests/training/runtime"
+CORNERS = f"{RUNTIME}/test_store_corners.py"
 STORE_TESTS = (
-    f"{RUNTIME}/test_checkpoint.py", f"{RUNTIME}/test_atomic_io.py",
+    CORNERS, f"{RUNTIME}/test_checkpoint.py", f"{RUNTIME}/test_atomic_io.py",
     f"{RUNTIME}/test_checkpoint_faults.py", f"{RUNTIME}/test_power_loss.py",
     f"{RUNTIME}/test_checkpoint_corruption.py", f"{RUNTIME}/test_save_schedule.py",
 )  # fmt: skip
@@ -47,7 +48,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"{RUNTIME}/test_atomic_io.py", f"{RUNTIME}/test_windows_retries.py", *STORE_TESTS,
     ),
     "training.runtime.locks": (
-        f"{RUNTIME}/test_locks_and_signals.py", f"{RUNTIME}/test_run_lock_race.py",
+        CORNERS, f"{RUNTIME}/test_locks_and_signals.py", f"{RUNTIME}/test_run_lock_race.py",
     ),
     "training.rl.verdict": ("tests/training/rl/test_verdict.py",),
     "training.rl.verifier": ("tests/training/rl/test_verifier.py",),

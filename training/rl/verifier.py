@@ -155,7 +155,9 @@ class Verifier:
         try:
             verdicts = judge_many(entries, sandbox=self._sandbox, rng=rng, limit_s=limit_s)
         except SandboxFailure:
-            verdicts = self._judge_again(entries, rng=rng)
+            self._sandbox.close()
+            self._sandbox = self._open()
+            verdicts = self._judge_again(entries, sandbox=self._sandbox, rng=rng)
         return [
             Judgement(
                 passed=verdict.passed,
@@ -170,12 +172,9 @@ class Verifier:
         ]
 
     def _judge_again(
-        self, entries: list[tuple[CodeTask, str]], *, rng: random.Random
+        self, entries: list[tuple[CodeTask, str]], *, sandbox: Sandbox, rng: random.Random
     ) -> list[Verdict]:
         """Each program by itself in a new sandbox; SandboxFailure if none could be judged."""
-        if self._sandbox is not None:
-            self._sandbox.close()
-        self._sandbox = sandbox = self._open()
         verdicts, failure = [], None
         for task, program in entries:
             try:

@@ -45,11 +45,10 @@ from pathlib import Path
 from training.runtime.locks import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
-child = os.fork()
-if child == 0:
+if os.fork() == 0:
+    print(os.getpid(), flush=True)  # only now what is done after a fork has been done
     time.sleep(60)
     os._exit(0)
-print(child, flush=True)
 time.sleep(60)
 """
 
