@@ -63,7 +63,7 @@ def resealed(path: Path, change: Any) -> bytes:
 @pytest.mark.parametrize("field", ["step", "sequence", "parent", "fingerprint", "files"])
 def test_a_sealed_manifest_without_a_field_is_damaged(ram_path: Path, field: str) -> None:
     save_steps(ram_path, 1)
-    with pytest.raises(DamagedManifest, match="^lacks a field$"):
+    with pytest.raises(DamagedManifest, match=r"^lacks a field$"):
         decode_manifest(resealed(ram_path / NAME / "MANIFEST.json", lambda body: body.pop(field)))
 
 
@@ -71,7 +71,7 @@ def test_a_sealed_manifest_without_a_field_is_damaged(ram_path: Path, field: str
 def test_a_sealed_manifest_of_other_records_is_damaged(ram_path: Path, files: Any) -> None:
     save_steps(ram_path, 1)
     path = ram_path / NAME / "MANIFEST.json"
-    with pytest.raises(DamagedManifest, match="^lacks a field$"):
+    with pytest.raises(DamagedManifest, match=r"^lacks a field$"):
         decode_manifest(resealed(path, lambda body: body.update(files=files)))
 
 
@@ -131,7 +131,7 @@ def test_reading_for_inference_says_why_it_cannot(ram_path: Path) -> None:
         CheckpointStore.newest_for_inference(ram_path, ops=ops)
     path = ram_path / NAME / "MANIFEST.json"
     path.write_bytes(resealed(path, lambda body: body.update(schema=99)))
-    with pytest.raises(IncompatibleCheckpoint, match="cannot be used: .*schema 99"):
+    with pytest.raises(IncompatibleCheckpoint, match=r"cannot be used: .*schema 99"):
         CheckpointStore.newest_for_inference(ram_path)
 
 
@@ -208,7 +208,7 @@ def test_a_full_disk_of_unknown_size_is_said_so(ram_path: Path) -> None:
     store = open_store(
         ram_path, ops=StubbornOps(OSError(errno.ENOSPC, "full"), "free_bytes", "make_dir")
     )
-    with pytest.raises(CheckpointError, match="disk full, unknown free, 0.0 MiB needed"):
+    with pytest.raises(CheckpointError, match=r"disk full, unknown free, 0.0 MiB needed"):
         store.save(1, *example(1), block=True)
     store.close()
 
@@ -222,7 +222,7 @@ def test_a_store_that_was_never_used_closes(ram_path: Path) -> None:
 
 def test_a_group_name_must_be_a_file_name(ram_path: Path) -> None:
     store = open_store(ram_path)
-    with pytest.raises(ValueError, match="'../up' cannot be a file name"):
+    with pytest.raises(ValueError, match=r"'../up' cannot be a file name"):
         store.save(1, {"../up": {}}, {})
     store.close()
 
