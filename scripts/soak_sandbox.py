@@ -144,6 +144,8 @@ def soak(*, runs: int, seed: int, num_workers: int, time_limit_s: float) -> dict
             "orphans": 0,
             "lost_workers": sandbox.num_lost_workers,
             "outcomes": dict(sorted(reasons.items())),
+            "kill_latency_is": "seconds from an endless program's start until no process of it was "
+            f"left, by the clock of the process that kills it, less its limit of {ENDLESS_LIMIT_S}",
             "kill_latency_ms": quantiles(over),
             "honest_run_ms": quantiles(honest),
             "seconds": round(time.monotonic() - begun, 1),
@@ -178,6 +180,7 @@ def main() -> int:
     )
     report["median_run_ms"] = idle_cost_ms(count=40)
     report["load_average"] = [round(load, 1) for load in os.getloadavg()]
+    report["nice"] = os.getpriority(os.PRIO_PROCESS, 0)
     report["machine"] = {
         "cpus": os.cpu_count(),
         "kernel": platform.release(),

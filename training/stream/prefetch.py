@@ -214,6 +214,10 @@ class SourceReader:
                 with self._changed:
                     if pause > 0.0 and self._request is None and not self._stopping:
                         self._changed.wait(min(pause, IDLE_S))
+        except RuntimeError:
+            # An end that did not wait for a long read has shut the pool down meanwhile.
+            if not self._stopping:
+                raise
         finally:
             with self._changed:
                 self._crash = sys.exception()

@@ -264,3 +264,24 @@ def test_closing_stops_every_reader_and_closes_every_source():
         assert threading.active_count() > running
     assert threading.active_count() == running
     assert all(source.closed for source in sources.values())
+
+
+def test_a_read_that_outlasts_the_end_of_the_run_ends_in_silence(monkeypatch):
+    monkeypatch.setattr("training.stream.prefetch.CLOSE_S", 0.01)
+    begun, leave, said = threading.Event(), threading.Event(), []
+    sources = three_sources()
+
+    def waits(source):
+        if source.calls > 3:
+            begun.set()
+            leave.wait(60.0)
+
+    sources["web"].fails = waits
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    with mixed_stream(sources, workers=1, reader={"chunk_documents": 1}) as stream:
+        reader = stream._readers["web"]
+        reader.start()
+        assert begun.wait(60.0)
+    leave.set()
+    reader._thread.join(60.0)
+    assert not reader._thread.is_alive() and said == []
