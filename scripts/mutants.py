@@ -89,7 +89,7 @@ def mutants_of(module: str, source: str) -> Iterator[Mutant]:
     """All mutants of a module's source; docstrings, annotations and messages stay."""
     tree, lines = ast.parse(source), source.splitlines()
     version = hashlib.sha256(source.encode()).hexdigest()[:12]
-    settings = {part for node in ast.walk(tree) for part in decorator_parts(node)}
+    settings = {part for node in ast.walk(tree) for part in parts_that_say(node)}
     for number, node in enumerate(ast.walk(tree)):
         for choice, what in enumerate([] if node in settings else describe_changes(node)):
             changed = copy.deepcopy(tree)
@@ -106,10 +106,13 @@ def mutants_of(module: str, source: str) -> Iterator[Mutant]:
             )
 
 
-def decorator_parts(node: ast.AST) -> Iterator[ast.AST]:
-    """Settings of a data class, which say how it is kept and not what it does."""
-    for decorator in getattr(node, "decorator_list", ()):
-        yield from ast.walk(decorator)
+def parts_that_say(node: ast.AST) -> Iterator[ast.AST]:
+    """Decorators' settings and annotations, which say what something is and do nothing."""
+    said = [*getattr(node, "decorator_list", ())]
+    said += [getattr(node, "annotation", None), getattr(node, "returns", None)]
+    for part in said:
+        if part is not None:
+            yield from ast.walk(part)
 
 
 def describe_changes(node: ast.AST) -> list[str]:

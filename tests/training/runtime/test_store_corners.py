@@ -251,7 +251,8 @@ def test_a_lock_whose_owner_cannot_be_written_holds(ram_path: Path) -> None:
 
 
 def test_an_owner_file_is_named_after_its_lock(ram_path: Path) -> None:
-    with RunLock(ram_path, name="other.lock"):
+    with RunLock(ram_path, name="other.lock") as lock:
+        assert lock.owner_path == ram_path / "other.lock.json"
         assert {"other.lock", "other.lock.json"} <= {p.name for p in ram_path.iterdir()}
         owner = json.loads((ram_path / "other.lock.json").read_text(encoding="utf-8"))
         assert owner["host"] and owner["started_utc"].endswith("+00:00")
