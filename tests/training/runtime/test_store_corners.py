@@ -129,6 +129,15 @@ def test_reading_for_inference_says_why_it_cannot(ram_path: Path) -> None:
     with pytest.raises(UnreadableCheckpoint, match="cannot be read: no such luck"):
         ops = StubbornOps(OSError(errno.EIO, "no such luck"), "read")
         CheckpointStore.newest_for_inference(ram_path, ops=ops)
+
+    class NoWeights(QuietOps):
+        def open_read(self, path: Path) -> int:
+            if path.name == "model.safetensors":
+                raise OSError(errno.EIO, "a bad sector")
+            return super().open_read(path)
+
+    with pytest.raises(UnreadableCheckpoint, match=f"{NAME} cannot be read: a bad sector"):
+        CheckpointStore.newest_for_inference(ram_path, ops=NoWeights())
     path = ram_path / NAME / "MANIFEST.json"
     path.write_bytes(resealed(path, lambda body: body.update(schema=99)))
     with pytest.raises(IncompatibleCheckpoint, match=r"cannot be used: .*schema 99"):
@@ -264,6 +273,16 @@ def test_a_file_in_the_place_of_a_directory_is_an_error(ram_path: Path) -> None:
     (ram_path / "file").touch()
     with pytest.raises(FileExistsError):
         make_dirs(FileOps(), ram_path / "file")
+
+
+def test_a_directory_that_another_made_meanwhile_will_do(ram_path: Path) -> None:
+    class Late(QuietOps):
+        def make_dir(self, path: Path) -> None:
+            super().make_dir(path)
+            raise FileExistsError(errno.EEXIST, "another was faster")
+
+    make_dirs(Late(), ram_path / "a" / "b")
+    assert (ram_path / "a" / "b").is_dir()
 
 
 def test_a_tree_is_removed_with_all_below(ram_path: Path) -> None:
