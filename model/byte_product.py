@@ -40,11 +40,18 @@ def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * (127.0 / peak)).round_(), peak / 127.0
 
 
+def row_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_codes` of few rows: fewer operations, each slower on many."""
+    peak = torch.linalg.vector_norm(x, torch.inf, -1, True).clamp_min_(_TINY)
+    return (x * (127.0 / peak)).round_(), peak / 127.0
+
+
 def held_as(weight_codes: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The codes of `weight` in another type; bytes are kept as long as the codes are."""
     if dtype != torch.int8:
         return weight_codes.to(dtype)
-    return cached("bytes", (weight,), 0, lambda: weight_codes.to(dtype))
+    held = cached("bytes", (weight,), 0, lambda: weight_codes.to(dtype))
+    return held.view_as(weight_codes)
 
 
 def times_transposed(codes: Tensor, weight_codes: Tensor) -> Tensor:

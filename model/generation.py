@@ -56,12 +56,14 @@ def iter_tokens(
     cache = TernaryCache()
     for step in range(max_new_tokens):
         was_training = model.training
-        model.eval()
+        if was_training:  # asked first, because a switch walks over all modules
+            model.eval()
         try:
             with cache.held():
                 output = model(tokens, state=state, use_cache=True, num_logits_to_keep=1)
         finally:
-            model.train(was_training)
+            if was_training:
+                model.train()
         state = output.state
         chosen = sample_token(
             output.logits[:, -1], temperature=temperature, top_k=top_k, generator=generator

@@ -178,15 +178,30 @@ class Mamba(nn.Module):
 
     def scan_inputs(self, x: Tensor) -> tuple[ScanInputs, Tensor]:
         """What the scan reads for x (B, T, D), in at least fp32, and the gate z (B, T, H, P)."""
-        batch, length, _ = x.shape
         with torch.autocast(device_type=x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             weight, bias = self.control_proj.weight, self.control_proj.bias
             control = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        return self._split_inputs(control, self.in_proj(x).to(dtype))
+
+    def step_mixed(
+        self, control: Tensor, projected: Tensor, state: MambaState
+    ) -> tuple[Tensor, MambaState]:
+        """What out_proj reads, (B, d_inner), after one more token, and the next state.
+
+        control and projected (B, 1, ...): outputs of control_proj and in_proj. Without gradients.
+        """
+        inputs, z = self._split_inputs(control, projected)
+        y, new_state = mamba_step(inputs, state)
+        mixed = apply_opaque(_GatedRankNorm, y, z, self.rank_out, self.rank_gate, self.eps)
+        return mixed.view(len(mixed), -1), new_state
+
+    def _split_inputs(self, control: Tensor, projected: Tensor) -> tuple[ScanInputs, Tensor]:
+        """Outputs (B, T, ...) of the two projections as `scan_inputs` returns them."""
+        batch, length, _ = control.shape
         dt, rate, trap, angle = control.split(self.control_sizes, dim=-1)
         dt = F.softplus(dt)
         bc_width = 2 * self.rank * self.d_state
-        projected = self.in_proj(x).to(dtype)
         z, values, bc = projected.split([self.d_inner, self.d_inner, bc_width], dim=-1)
         heads = (batch, length, self.num_heads, self.head_dim)
         bc = rms_norm(bc.reshape(batch, length, 2, self.rank, self.d_state), eps=self.eps)

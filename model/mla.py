@@ -215,7 +215,7 @@ class MLA(nn.Module):
         absorbed (True) or expanded (False) form of a continuation; None picks the cheaper one.
         """
         q_content, q_rope, latent, rotary_key = self._project(x, context)
-        lam = self._lambda(x) if self.differential else None
+        lam = self.gate(x) if self.differential else None
         keep = context.use_cache or state is not None
         continued = state is not None and state.length > 0
         if state is None and keep:
@@ -230,18 +230,21 @@ class MLA(nn.Module):
         else:
             documents = context_documents(context)
         if absorb is None:
-            absorb = continued and self._absorption_pays(x.shape[1])
+            absorb = continued and self.absorption_pays(x.shape[1])
         if self.backend == "triton" and not absorb:
             in_bf16 = compute_dtype(x) is torch.bfloat16
             y = self._attend_fused(
                 q_content, q_rope, latent, rotary_key, lam, documents, in_bf16=in_bf16
             )
         else:
-            compute = self._attend_absorbed if absorb else self._attend_expanded
             blocked = context_blocked_pairs(context)
             if continued:
                 blocked = None if documents is None else blocked_pairs(documents, x.shape[1])
-            y = compute(q_content, q_rope, latent, rotary_key, lam, blocked)  # (B, T, H d_h)
+            parts = (q_content, q_rope, latent, rotary_key, lam, blocked)
+            if absorb:
+                y = self.attend_absorbed(*parts, self.absorbed_weights(latent.dtype))
+            else:
+                y = self._attend_expanded(*parts)  # (B, T, H d_h)
         out, norm = self.out_proj, self.sub_norm
         y = out(y) if norm is None else out.after_norm(y, norm)
         return y, state if keep else None
@@ -262,7 +265,7 @@ class MLA(nn.Module):
         q_rope = rotary.view(*shape, self.d_rope).permute(order)
         return q_content, q_rope, self.latent_norm(latent), rotary_key
 
-    def _lambda(self, x: Tensor) -> Tensor:
+    def gate(self, x: Tensor) -> Tensor:
         """(B, H, T, 1) in fp32 at least: the gate is exempt from rounding and from autocast."""
         with torch.autocast(x.device.type, enabled=False):
             gate = self.gate_lambda
@@ -328,7 +331,13 @@ class MLA(nn.Module):
         )
         return out.to(q_content.dtype).flatten(2)
 
-    def _attend_absorbed(
+    def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The up-projections of keys and values as (H, d_h, d_c) each."""
+        shape = (self.heads, self.d_head, self.d_latent)
+        key_up = self.k_content_up.effective_weight().view(shape).to(dtype)
+        return key_up, self.v_up.effective_weight().view(shape).to(dtype)
+
+    def attend_absorbed(
         self,
         q_content: Tensor,
         q_rope: Tensor,
@@ -336,12 +345,14 @@ class MLA(nn.Module):
         rotary_key: Tensor,
         lam: Tensor | None,
         blocked: Tensor | None,
+        weights: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """The same sums in the latent space: scores (q W_UK) c + q_R k_R, values W_UV (A c)."""
+        """The same sums in the latent space: scores (q W_UK) c + q_R k_R, values W_UV (A c).
+
+        weights as from `absorbed_weights`.
+        """
         batch, maps, heads, num_queries, _ = q_content.shape
-        shape = (heads, self.d_head, self.d_latent)
-        key_up = self.k_content_up.effective_weight().view(shape).to(latent.dtype)
-        value_up = self.v_up.effective_weight().view(shape).to(latent.dtype)
+        key_up, value_up = weights
         q = torch.matmul(q_content.to(latent.dtype), key_up)  # (B, P, H, T, d_c)
         q = torch.cat((q, q_rope.to(latent.dtype)), dim=-1).flatten(1, 3)
         keys = torch.cat((latent, rotary_key.to(latent.dtype)), dim=-1)  # (B, S, d_c + d_R)
@@ -358,7 +369,7 @@ class MLA(nn.Module):
         mixed = mixed.view(batch, heads, num_queries, self.d_latent)
         return torch.matmul(mixed, value_up.mT).transpose(1, 2).flatten(2)
 
-    def _absorption_pays(self, num_queries: int) -> bool:
+    def absorption_pays(self, num_queries: int) -> bool:
         """Per cached token and head: 2 d_c d_h to expand it, or products d_c wide, not d_h."""
         wider = (self.maps + 1) * (self.d_latent - self.d_head)
         return num_queries * wider < 2 * self.d_latent * self.d_head

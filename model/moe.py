@@ -129,7 +129,7 @@ class MoE(nn.Module):
         valid = None if context.valid_mask is None else context.valid_mask.flatten().float()
         with torch.autocast(u.device.type, enabled=False):
             logits = F.linear(tokens.float(), self.router_weight())  # (N, E)
-            affinity = self._affinity(logits)
+            affinity = self.affinity(logits)
             selected, gates = self.select(affinity)
             aux: dict[str, Tensor] = {}
             if self.training:
@@ -177,7 +177,8 @@ class MoE(nn.Module):
         fits = dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
         return "grouped" if device_type == "cuda" and fits else "packed"
 
-    def _affinity(self, logits: Tensor) -> Tensor:
+    def affinity(self, logits: Tensor) -> Tensor:
+        """Sigmoid affinities of logits (N, E); jittered while training."""
         noise = self.config.router_jitter_noise
         if self.training and noise > 0.0:
             uniform = counter_uniform(logits.shape, self.router_step, key=self.noise_key)

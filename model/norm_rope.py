@@ -30,11 +30,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-        inverse = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
-        y = values * inverse
-        if weight is not None:
-            y.mul_(weight)
+        y, inverse = normalize(values, weight, eps=eps)
         ctx.save_for_backward(x, weight, inverse)
         return y.to(x.dtype)
 
@@ -59,6 +55,17 @@ class _RmsNorm(torch.autograd.Function):
                 grad_weight = (rate.mT @ product).squeeze(0).to(weight.dtype)
         grad_x.addcmul_(values, dot * rate.pow(3), value=-1.0 / width)
         return grad_x.view(x.shape).to(x.dtype), grad_weight, None
+
+
+def normalize(x: Tensor, weight: Tensor | None, *, eps: float) -> tuple[Tensor, Tensor]:
+    """x (..., D) over its root mean square, times weight (D,), and that factor (..., 1).
+
+    x in fp32 or wider; the definition without a gradient.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()
+    y = x * inverse
+    return (y if weight is None else y.mul_(weight)), inverse
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
@@ -115,7 +122,8 @@ def context_rope_table(
     return context.cache[key]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., d), its pairs turned by angles that broadcast to (..., d/2); without a gradient."""
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     turned_first = (first * cos).addcmul_(second, sin, value=-1.0)
@@ -128,13 +136,13 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x.to(cos.dtype), cos, sin).to(x.dtype)
+        return rotate(x.to(cos.dtype), cos, sin).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         grad = grads[0]
-        return _rotate(grad.to(cos.dtype), cos, -sin).to(grad.dtype), None, None
+        return rotate(grad.to(cos.dtype), cos, -sin).to(grad.dtype), None, None
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -31,8 +31,22 @@ class _Boundary:
             self.call = torch.compiler.disable(_apply)
 
 
+class _NoGraph:
+    """Stands where a function would keep things for backward; there is none without gradients."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)
+    if torch.is_grad_enabled():
+        return function.apply(*args)
+    return function.forward(_NoGraph(), *args)
 
 
 _BOUNDARY = _Boundary()

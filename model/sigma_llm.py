@@ -21,6 +21,7 @@ from model.bitlinear import BitLinear
 from model.blocks import Block, BlockState
 from model.config import SigmaModelConfig
 from model.cross_entropy import linear_cross_entropy
+from model.decode import TokenStep, token_step
 from model.engram import Engram
 from model.initialization import initialize
 from model.mamba import Mamba
@@ -117,6 +118,10 @@ class SigmaTrunk(nn.Module):
             x = inputs_embeds
         batch, length = x.shape[:2]
         start = 0 if state is None else state.num_tokens
+        if state is not None and length == 1 and reset_mask is None and valid_mask is None:
+            step = token_step(self.blocks, x, state.blocks)
+            if step is not None:
+                return self._run_step(step, x, input_ids, state)
         context = SequenceContext.create(
             batch,
             length,
@@ -141,9 +146,20 @@ class SigmaTrunk(nn.Module):
                 aux[name] = aux[name] + value if name in aux else value
             if after is not None:
                 block_states.append(after)
-        x = (streams[0] + streams[-1]) / 2 if self.two_stream else streams[0]
         new_state = SigmaState(block_states, start + length) if context.use_cache else None
-        return self.final_norm(x), aux, new_state
+        return self._finished(streams), aux, new_state
+
+    def _finished(self, streams: tuple[Tensor, ...]) -> Tensor:
+        x = (streams[0] + streams[-1]) / 2 if self.two_stream else streams[0]
+        return self.final_norm(x)
+
+    def _run_step(
+        self, step: TokenStep, x: Tensor, input_ids: Tensor | None, state: SigmaState
+    ) -> tuple[Tensor, dict[str, Tensor], SigmaState]:
+        """`run` for one more token x (B, 1, D) per row."""
+        streams, blocks = step(x[:, 0], input_ids, state.blocks, position=state.num_tokens)
+        hidden = self._finished(streams).unsqueeze(1)
+        return hidden, {}, SigmaState(blocks, state.num_tokens + 1)
 
     def _run_block(
         self,

@@ -360,7 +360,7 @@ def mamba_step(
     turned = angle
     if inputs.theta is not None:
         turned = (angle + inputs.theta[:, 0]).remainder(2 * math.pi)
-        b, c = turn_pairs(b, turned.unsqueeze(1)), turn_pairs(c, turned.unsqueeze(1))
+        b, c = turn_pairs(torch.stack((b, c), dim=2), turned.unsqueeze(1)).unbind(2)
     b, c, dt = b[:, 0], c[:, 0], inputs.dt[:, 0]
     decay = inputs.log_decay[:, 0].exp()  # (B, H)
     ranked = inputs.expand_rank(x)  # (B, H, R, P)

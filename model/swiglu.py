@@ -78,7 +78,7 @@ def _write_scaled(
         result.mul_(scale)
 
 
-def _activate(gate_up: Tensor, settings: SwigluSettings) -> tuple[Tensor, Tensor | None]:
+def activate(gate_up: Tensor, settings: SwigluSettings) -> tuple[Tensor, Tensor | None]:
     """Normalised hidden values (n, h) and the factor (n, 1) that normalised them."""
     gate, up = gate_up.chunk(2, dim=-1)
     hidden = F.silu(gate).mul_(up)
@@ -131,7 +131,7 @@ class _Swiglu(torch.autograd.Function):
             scale = None if scale_in is None else products.row_scale(scale_in, expert)
             block = gate_up[rows]
             _write_scaled(block, product, step, scale, unit)
-            hidden, _ = _activate(block, settings)
+            hidden, _ = activate(block, settings)
             step = None
             if settings.ternary:
                 hidden, step = token_codes(hidden)
@@ -168,7 +168,7 @@ class _Swiglu(torch.autograd.Function):
         for rows, expert in products.blocks():
             token = rows if plan is None else plan.token_of_row[rows]
             grad_block = take_rows(grad_y, token).to(dtype)
-            hidden, rate = _activate(gate_up[rows], settings)
+            hidden, rate = activate(gate_up[rows], settings)
             rounded = hidden
             if settings.ternary:
                 rounded, step = token_codes(hidden)

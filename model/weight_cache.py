@@ -50,8 +50,7 @@ class TernaryCache:
     ) -> Any:
         """The value `compute` gave for these very tensors in their present version."""
         key = (name, setting, *map(id, weights))
-        # Tensors born under inference_mode have no version; nothing can write to them outside it.
-        versions = tuple(-1 if weight.is_inference() else weight._version for weight in weights)
+        versions = tuple(map(version_of, weights))
         entry = self._entries.get(key)
         if entry is not None and entry.versions == versions:
             self.hits += 1
@@ -67,8 +66,16 @@ class TernaryCache:
         if self._storages is None:
             values = (entry.value for entry in self._entries.values())
             tensors = (t for v in values for t in (v if isinstance(v, tuple) else (v,)))
-            self._storages = {t.untyped_storage().data_ptr() for t in tensors}
+            self._storages = {
+                t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)
+            }
         return tensor.untyped_storage().data_ptr() in self._storages
+
+
+def version_of(weight: Tensor) -> int:
+    """Changes when the weight is written to in place."""
+    # Tensors born under inference_mode have no version; nothing can write to them outside it.
+    return -1 if weight.is_inference() else weight._version
 
 
 _ACTIVE: ContextVar[TernaryCache | None] = ContextVar("ternary_cache", default=None)
@@ -89,6 +96,11 @@ def cached(
     if cache is None or not all(isinstance(weight, nn.Parameter) for weight in weights):
         return compute()
     return cache.get(name, weights, setting, compute)
+
+
+def is_active() -> bool:
+    """Whether this is inside a `held()` block."""
+    return _ACTIVE.get() is not None
 
 
 def is_held(tensor: Tensor) -> bool:
