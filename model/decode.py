@@ -21,14 +21,15 @@ from model.attention import blocked_pairs
 from model.bitlinear import BitLinear, ternarize
 from model.blocks import Block, BlockState
 from model.byte_product import code_dtype, held_as, row_codes, times_transposed
+from model.latent_cache import LatentCache
 from model.mamba import Mamba
-from model.mla import MLA, LatentCache
+from model.mla import MLA
 from model.moe import DenseFeedForward, MoE
 from model.norm_rope import RMSNorm, normalize, rope_table, rotate
 from model.sequence import SequenceContext
 from model.ssd import MambaState
 from model.swiglu import SwigluSettings, activate
-from model.weight_cache import cached, is_active, version_of
+from model.weight_cache import active_cache, cached, version_of
 
 _FIRST_POSITIONS = 256
 
@@ -71,12 +72,12 @@ def token_step(blocks: nn.ModuleList, x: Tensor, states: Sequence[BlockState]) -
     It needs weights that are held, no gradients, a CPU in fp32 and rows that have begun.
     """
     plain = x.device.type == "cpu" and x.dtype == torch.float32
-    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_active():
+    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     first = blocks[0]
     if first.training or first.mixer.backend != "torch" or torch.is_autocast_enabled("cpu"):
         return None
-    if any(state.mixer is None for state in states):
+    if active_cache() is None or any(state.mixer is None for state in states):
         return None
     # Two of them name the model; `settle` looks at all.
     weights = (first.mixer_norm.weight, blocks[-1].ffn_norm.weight)
@@ -216,6 +217,7 @@ class _MambaStep:
 class _AttentionStep:
     def __init__(self, mixer: MLA) -> None:
         self.mixer = mixer
+        self.layers = [layer for layer in mixer.children() if isinstance(layer, BitLinear)]
         layers = (mixer.q_content, mixer.kv_down, mixer.q_rope, mixer.k_rope_up)
         self.project = _Product.of_layers(*layers)
         self.widths = [layers[0].out_features, layers[1].out_features]
@@ -230,6 +232,8 @@ class _AttentionStep:
         self, x: Tensor, context: SequenceContext, state: LatentCache, position: int
     ) -> tuple[Tensor, LatentCache]:
         mixer, batch = self.mixer, x.shape[0]
+        if any(layer.adapter is not None for layer in self.layers):
+            return _ModuleStep(mixer)(x, context, state, position)
         content, latent, rotary = self.project(x).split(self.widths, dim=-1)
         cos, sin = self._angle(position)
         rotary = rotate(rotary.view(batch, 1, -1, mixer.d_rope), cos, sin)

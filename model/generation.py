@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.sigma_llm import SigmaLLM
-from model.weight_cache import TernaryCache
+from model.weight_cache import TernaryCache, active_cache
 
 
 def sample_token(
@@ -49,11 +49,11 @@ def iter_tokens(
     """Yield the next token (B,) of every row, `max_new_tokens` times.
 
     The model is in eval mode while it computes and gets its mode back between tokens, so that a
-    caller may stop at any token. Its ternary codes are kept for the whole text: no training between
-    two tokens.
+    caller may stop at any token. Its ternary codes are kept for the whole text, or as long as the
+    caller holds them: no training between two tokens.
     """
     tokens, state = input_ids, None
-    cache = TernaryCache()
+    cache = active_cache() or TernaryCache()
     for step in range(max_new_tokens):
         was_training = model.training
         if was_training:  # asked first, because a switch walks over all modules

@@ -25,7 +25,7 @@ from model.launch import Tiles, device_capability, power_of_two
 FOLDER_VARIABLE = "TRITON_CACHE_DIR"
 FORMAT = 1
 FILE_NAME = "launch_table.json"
-OPERATIONS = ("int8_product", "weight_gradient", "logits", "scaled_product")
+OPERATIONS = ("int8_product", "weight_gradient", "logits", "scaled_product", "grouped_product")
 MAX_WARPS = 16
 MAX_STAGES = 8
 TILE_RANGE = (16, 512)

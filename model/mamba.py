@@ -101,6 +101,7 @@ class Mamba(nn.Module):
         self.rank = config.mimo_rank
         self.chunk_len, self.eps = config.mamba_chunk_len, config.norm_eps
         self.backend = "torch"
+        self.blocks = (0, 0)  # tile of the Triton scan: steps, state entries; 0 = by device
         self.num_angles = int(self.d_state * config.mamba_rope_fraction) // 2
         self.trapezoid = config.mamba_trapezoid
         heads, rank, width = self.num_heads, self.rank, self.head_dim
@@ -163,6 +164,7 @@ class Mamba(nn.Module):
                     masks=self._masks(context, inputs.x),
                     backend=self.backend,
                     in_bf16=in_bf16,
+                    blocks=self.blocks,
                 )
         if self.training and torch.is_grad_enabled():
             self._note(inputs, new_state)

@@ -70,6 +70,12 @@ def scan_tiles(
     return ScanTiles(steps, entries, 4 if in_bf16 and steps * width <= 2048 else 8, 2)
 
 
+def asked_tiles(tiles: ScanTiles, blocks: tuple[int, int]) -> ScanTiles:
+    """The tiles with what was asked for, steps and state entries; 0 leaves one as it is."""
+    steps, entries = blocks
+    return tiles._replace(steps=steps or tiles.steps, entries=entries or tiles.entries)
+
+
 class ScanShape(NamedTuple):
     """Sizes of one scan, and the constants that its kernels share."""
 
@@ -315,13 +321,14 @@ def _shared_gradients(
 def scan_chunks(
     x: Tensor, rank_in: Tensor | None, b: Tensor, c: Tensor, log_decay: Tensor, weight: Tensor,
     gamma: Tensor, skip: Tensor, start: Tensor | None = None, segments: Tensor | None = None,
-    *, chunk_len: int, in_bf16: bool = False, tiles: ScanTiles | None = None,
+    *, chunk_len: int, in_bf16: bool = False, blocks: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked scan of rotated b, c: y (B, T, H, R, P) and the state after the row, fp32.
 
     x (B, T, H, P); rank_in (H, R, P), None for R = 1; b, c (B, T, R, N); log_decay <= 0, weight,
     gamma (B, T, H) with weight and gamma 0 where padding; skip (H,); start (B, H, N, P);
     segments (B, T): number of resets so far. in_bf16: products of bf16 operands, else fp32.
+    blocks: steps and state entries of a tile, 0 = by device and shape.
     """
     batch, length, heads, width = x.shape
     rank, size = b.shape[2:]
@@ -332,9 +339,10 @@ def scan_chunks(
         )
     if torch.float64 in (x.dtype, b.dtype, log_decay.dtype):
         raise ValueError("the Triton scan computes in fp32; --kernel-backend torch takes fp64")
+    tiles = scan_tiles(chunk_len, size, width, device_capability(x), in_bf16=in_bf16)
     shape = ScanShape(
         *(batch, length, heads, rank, size, width, chunk_len),
-        tiles=tiles or scan_tiles(chunk_len, size, width, device_capability(x), in_bf16=in_bf16),
+        tiles=asked_tiles(tiles, blocks),
         has_rank_in=rank_in is not None,
         has_resets=segments is not None,
         in_bf16=in_bf16,

@@ -289,10 +289,15 @@ class SigmaLLM(SigmaTrunk):
                     weights[f"{name}.down"] = (module.down, group)
         return weights
 
-    def use_kernels(self, backend: str) -> None:
-        """Compute products, scans, attention and the loss with `torch` or `triton`."""
+    def use_kernels(self, backend: str, *, scan_blocks: tuple[int, int] = (0, 0)) -> None:
+        """Compute products, scans, attention and the loss with `torch` or `triton`.
+
+        scan_blocks: steps and state entries of a tile of the Triton scan, 0 = by device and shape.
+        """
         self.kernel_backend = backend
         for module in self.modules():
+            if isinstance(module, Mamba):
+                module.blocks = scan_blocks
             if isinstance(module, BitLinear | Mamba | MLA):
                 module.backend = backend
             elif isinstance(module, DenseFeedForward | MoE):

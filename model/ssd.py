@@ -250,13 +250,15 @@ def mamba_scan(
     masks: ScanMasks | None = None,
     backend: str = "torch",
     in_bf16: bool = False,
+    blocks: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, MambaState]:
     """Chunked scan over T >= 1 steps: y (B, T, H, R, P) and the state after the last step.
 
     reset_mask (B, T): a document starts here, nothing earlier is seen. valid_mask (B, T): False =
     padding, which contributes nothing and passes the state on. `masks` may be given to build them
     once for several scans. Computed in the dtype of x; gradients flow through states, too.
-    backend "triton": by the kernels of `model.sigma_kernels`, in_bf16 with products in bf16.
+    backend "triton": by the kernels of `model.sigma_kernels`, in_bf16 with products in bf16, in
+    tiles of `blocks` steps and state entries (0 = by device and shape).
     """
     if masks is None:
         given = {"reset_mask": reset_mask, "valid_mask": valid_mask, "backend": backend}
@@ -284,7 +286,8 @@ def mamba_scan(
         if valid_mask is not None:
             weight = weight.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
         values = (inputs.x, inputs.rank_in, b, c, log_decay, weight, gamma, inputs.skip, start)
-        y, h = _scan_by_kernels(values, masks, chunk_len=chunk_len, in_bf16=in_bf16)
+        settings = {"chunk_len": chunk_len, "in_bf16": in_bf16, "blocks": blocks}
+        y, h = _scan_by_kernels(values, masks, settings)
     else:
         log_weight = weight.clamp_min(_TINY).log()
         y, h = apply_opaque(
@@ -299,11 +302,11 @@ def mamba_scan(
 
 
 def _scan_by_kernels(
-    values: tuple[Any, ...], masks: ScanMasks, *, chunk_len: int, in_bf16: bool
+    values: tuple[Any, ...], masks: ScanMasks, settings: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     from model.sigma_kernels import scan_chunks
 
-    return scan_chunks(*values, segments=masks.segments, chunk_len=chunk_len, in_bf16=in_bf16)
+    return scan_chunks(*values, segments=masks.segments, **settings)
 
 
 def _outer(inputs: ScanInputs, b: Tensor, x: Tensor) -> Tensor:

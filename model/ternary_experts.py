@@ -31,6 +31,7 @@ from model.expert_kernels import (
     grouped_weight_gradient_kernel,
 )
 from model.launch import Tiles, cdiv, device_capability, launcher, power_of_two
+from model.launch_table import measured_tiles
 from model.opaque import apply_opaque
 from model.swiglu import SwigluSettings
 from model.ternary_linear import (
@@ -68,6 +69,7 @@ class RowGroups(NamedTuple):
     block_ends: Tensor  # (E,) int64, row blocks of the product up to and with an expert
     num_blocks: int  # the most that any distribution of the rows can need
     mean_rows: int  # rows an expert has on average, which chooses the tiles
+    block_rows: int  # of a row block, which the tiles of every product must have
 
     @classmethod
     def create(cls, plan: DispatchPlan) -> RowGroups:
@@ -85,6 +87,7 @@ class RowGroups(NamedTuple):
             block_ends=((plan.counts + (block - 1)) // block).cumsum(0),
             num_blocks=min(rows, rows // block + experts),
             mean_rows=mean_rows,
+            block_rows=block,
         )
 
 
@@ -97,17 +100,21 @@ def grouped_int8_product(
     b_scale: Tensor | None,
     dtype: torch.dtype,
     by_token: bool,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """Each row of a times its expert's b (E, outputs, depth) transposed, scaled; (N, outputs).
 
     a int8 and a_scale: one row per token, taken as often as experts chose it, if `by_token`, else
-    one per row. b_scale (E, outputs) or none.
+    one per row. b_scale (E, outputs) or none. Measured tiles count if they have the groups' rows.
     """
     experts, outputs, depth = b.shape
     rows = groups.token_of_row.numel()
     out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     if rows:
-        tiles = grouped_tiles(groups.mean_rows, device_capability(a), out.element_size())
+        shape, itemsize = (groups.mean_rows, outputs, depth), out.element_size()
+        tiles = tiles or measured_tiles("grouped_product", a, shape, itemsize=itemsize)
+        if tiles is None or tiles.m != groups.block_rows:
+            tiles = grouped_tiles(groups.mean_rows, device_capability(a), itemsize)
         grid = (groups.num_blocks * cdiv(outputs, tiles.n),)
         launcher(grouped_int8_product_kernel, grid, warps=tiles.warps, stages=tiles.stages)(
             *(a, b, a_scale, a_scale if b_scale is None else b_scale, out),

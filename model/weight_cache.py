@@ -98,9 +98,9 @@ def cached(
     return cache.get(name, weights, setting, compute)
 
 
-def is_active() -> bool:
-    """Whether this is inside a `held()` block."""
-    return _ACTIVE.get() is not None
+def active_cache() -> TernaryCache | None:
+    """The cache of the present `held()` block."""
+    return _ACTIVE.get()
 
 
 def is_held(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from training.build import build_trainer
 from training.config.cli import parse_args
+from training.runtime.clock import phase_columns
 from training.runtime.rng_state import capture_rng_state, restore_rng_state
 from training.sigma_trainer import SigmaTrainer
 
@@ -47,8 +48,11 @@ class Outcome:
     seconds: float
 
 
-class _Lane:
-    """One run of one arm, advanced a few steps at a time."""
+class Lane:
+    """One run of one arm, advanced a few steps at a time.
+
+    times: seconds of every step by the chosen clock, and of its phases by the wall's.
+    """
 
     def __init__(
         self, common: Sequence[str], arm: Arm, *, seed: int, steps: int, directory: Path
@@ -61,6 +65,7 @@ class _Lane:
         ]  # fmt: skip
         self.steps = steps
         self.seconds = 0.0
+        self.times: list[dict[str, float]] = []
         self.trainer: SigmaTrainer = build_trainer(parse_args(flags))
         self.trainer.features.run("on_setup", replace(self.trainer.begin_step(), step=0))
         self._rng = capture_rng_state()
@@ -74,15 +79,21 @@ class _Lane:
         restore_rng_state(self._rng)
         start = clock()
         for _ in range(min(count, self.steps - self.trainer.step)):
+            begun = clock()
             if self.trainer.attempt_step() is None:
                 raise RuntimeError(f"step {self.trainer.step + 1} could not be made")
+            phases = phase_columns(self.trainer.clock.seconds)
+            self.times.append({"step": clock() - begun} | phases)
         self.seconds += clock() - start
         self._rng = capture_rng_state()
 
-    def finish(self) -> Outcome:
-        result = self.trainer.services.evaluate(self.trainer.model)
+    def close(self) -> None:
         self.trainer.features.close()
         self.trainer.stream.close()
+
+    def finish(self) -> Outcome:
+        result = self.trainer.services.evaluate(self.trainer.model)
+        self.close()
         if result["eval_bpb"] is None:
             raise RuntimeError("there was no memory for the evaluation; lower --eval-tokens")
         return Outcome(bpb=result["eval_bpb"], steps=self.steps, seconds=self.seconds)
@@ -103,7 +114,7 @@ def run_side_by_side(
     ValueError as in `build_trainer` for flags that cannot be used.
     """
     lanes = {
-        arm.name: _Lane(common, arm, seed=seed, steps=steps[arm.name], directory=directory)
+        arm.name: Lane(common, arm, seed=seed, steps=steps[arm.name], directory=directory)
         for arm in arms
     }
     order = list(lanes)

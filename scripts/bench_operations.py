@@ -2,15 +2,17 @@
 
     python scripts/bench_operations.py --json bench/results/operations_cpu.json
 
-Decoding: one row, greedy, ternary codes kept between tokens, against the same network in full
-precision. Cross entropy: forward and backward of head and loss. Optimizers: the quickstart's own
-matrices and tables.
+Decoding: one row, greedy, against the same network in full precision; once from ternary codes that
+are there, as a packed model has them, once with all weights rounded before the first token. Cross
+entropy: forward and backward of head and loss. Optimizers: the quickstart's own matrices and
+tables.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from model.cross_entropy import linear_cross_entropy
 from model.generation import generate
 from model.sigma_llm import SigmaLLM
+from model.weight_cache import TernaryCache
 from scripts.bench_common import BenchOptions, Case, Run, run_bench
 from scripts.bench_models import PlainMuon, quickstart_config, token_model
 from training.optimizer import OptimizerSet, build_optimizer, projection_names
@@ -41,12 +44,13 @@ def cases(options: BenchOptions) -> list[Case]:
 
 
 def decoding_case(options: BenchOptions) -> Case:
-    def decode(**changes: object) -> Run:
+    def decode(*, held: bool, **changes: object) -> Run:
         model = token_model(options.device, **changes).eval()
         prompt = torch.zeros(1, 8, dtype=torch.int64, device=options.device)
+        cache = TernaryCache()
 
         def run() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), cache.held() if held else nullcontext():
                 generate(model, prompt, max_new_tokens=DECODED, temperature=0.0)
 
         return run
@@ -57,8 +61,9 @@ def decoding_case(options: BenchOptions) -> Case:
         unit="tokens/s",
         amount=DECODED,
         ways={
-            "SIGMA, ternary codes": decode,
-            "the same in fp32": lambda: decode(quant_mode="none"),
+            "SIGMA, ternary codes": lambda: decode(held=True),
+            "the same in fp32": lambda: decode(held=True, quant_mode="none"),
+            "ternary codes made first": lambda: decode(held=False),
         },
     )
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import triton
 
-from model import fused_cross_entropy, ternary_linear
+from model import fused_cross_entropy, ternary_experts, ternary_linear
+from model.dispatch import DispatchPlan
 from model.launch import Tiles, device_capability, power_of_two, processor_count
 from model.launch_table import FOLDER_VARIABLE, LaunchKey, LaunchTable, table_path
 from training.runtime.environment import prepare_caches
@@ -34,11 +35,15 @@ MARGIN = 0.97  # others must beat the heuristic by more than rounds differ
 
 @dataclass(slots=True, kw_only=True)
 class Trial:
-    """One product of a training step: its key in the table, the heuristic, and how to run it."""
+    """One product of a training step: its key in the table, the heuristic, and how to run it.
+
+    fixed_rows: whether the rows of a tile are settled before the product.
+    """
 
     key: LaunchKey
     default: Tiles
     run: Callable[[Tiles], object]
+    fixed_rows: bool = False
 
 
 def candidates(default: Tiles) -> list[Tiles]:
@@ -61,6 +66,9 @@ def trials(options: argparse.Namespace, device: torch.device) -> Iterator[Trial]
     ):
         yield from _linear_trials(tokens, columns, depth, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if options.experts:
+        for columns, depth in ((2 * options.d_expert, width), (width, options.d_expert)):
+            yield _grouped_trial(options, columns, depth, device, dtype)
     yield from _loss_trials(tokens, width, options.vocab_size, device, dtype)
 
 
@@ -99,6 +107,33 @@ def _linear_trials(tokens: int, columns: int, depth: int, device: torch.device) 
         run=lambda tiles: ternary_linear.weight_gradient(
             grad, codes, scale, in_bf16=in_bf16, tiles=tiles
         ),
+    )
+
+
+def _grouped_trial(
+    options: argparse.Namespace, columns: int, depth: int, device: torch.device, dtype: torch.dtype
+) -> Trial:
+    """The experts' product; every expert gets its share of the tokens, up to chance."""
+    generator = torch.Generator().manual_seed(0)
+    num_rows, experts = options.tokens * options.top_k, options.experts
+    values = torch.randn(options.tokens, depth, generator=generator).to(device)
+    weight = torch.randn(experts, columns, depth, generator=generator).to(device)
+    chosen = torch.rand(options.tokens, experts, generator=generator).topk(options.top_k).indices
+    plan = DispatchPlan.create(chosen.to(device), experts, grouped=True)
+    groups = ternary_experts.RowGroups.create(plan)
+    codes, scale = ternary_linear.quantize_rows(values)
+    ternary = ternary_linear.ternarize_rows(weight)
+    itemsize, capability = dtype.itemsize, device_capability(codes)
+    shape = (max(1, num_rows // experts), columns, depth)
+    return Trial(
+        key=_key("grouped_product", codes, shape, itemsize),
+        default=ternary_experts.grouped_tiles(groups.mean_rows, capability, itemsize),
+        run=lambda tiles: ternary_experts.grouped_int8_product(
+            *(codes, ternary.codes, groups),
+            **{"a_scale": scale, "b_scale": ternary.scale, "dtype": dtype},
+            **{"by_token": True, "tiles": tiles},
+        ),
+        fixed_rows=True,
     )
 
 
@@ -156,6 +191,8 @@ def tune(
     """The tiles to use, and microseconds of all that this GPU can launch."""
     times: dict[Tiles, float] = {}
     for tiles in candidates(trial.default):
+        if trial.fixed_rows and tiles.m != trial.default.m:
+            continue
         try:
             times[tiles] = clock(lambda tiles=tiles: trial.run(tiles))
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
@@ -174,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
         ("--d-model", 768, "model width"),
         ("--d-expert", 1024, "hidden width of an expert"),
         ("--vocab-size", 32768, "vocabulary"),
+        ("--experts", 8, "routed experts, 0 = none"),
+        ("--top-k", 2, "routed experts of a token"),
     ):
         parser.add_argument(name, type=int, default=value, help=f"{text}; {value}")
     options = parser.parse_args(argv)

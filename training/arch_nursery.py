@@ -53,6 +53,7 @@ class NurserySettings:
     grad_accum_steps: int
     average_decay: float | None = None
     kernel_backend: str = "torch"
+    scan_blocks: tuple[int, int] = (0, 0)
 
     @property
     def tokens_per_step(self) -> int:
@@ -217,7 +218,8 @@ class ModelNursery:
 
     def _build(self, genome: Genome) -> SigmaLLM:
         model = SigmaLLM(genome.network(self.base), seed=self._settings.seed)
-        model.use_kernels(self._settings.kernel_backend)
+        own = self._settings
+        model.use_kernels(own.kernel_backend, scan_blocks=own.scan_blocks)
         return model
 
     def _load(self, specimen: _Specimen) -> SigmaLLM:

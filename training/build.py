@@ -110,7 +110,8 @@ def build_policy(config: SigmaConfig) -> RunPolicy:
 
 def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:
     model = SigmaLLM(config.model_config(tokenizer.vocab_size), seed=config.run.seed)
-    model.use_kernels(config.precision.kernel_backend)
+    own = config.precision
+    model.use_kernels(own.kernel_backend, scan_blocks=own.scan_blocks())
     apply_instant(model)  # keeps everything, until the feature says otherwise
     return model.to(device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -31,3 +32,18 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return values.to(device=DEVICE, dtype=dtype)
+
+
+class Recorded:
+    """A kernel that notes the constants it is compiled with."""
+
+    def __init__(self, kernel: Any, seen: list[dict[str, int]]) -> None:
+        self.kernel, self.seen = kernel, seen
+        self.arg_names = kernel.arg_names
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **constants: Any) -> Any:
+            self.seen.append(constants)
+            return self.kernel[grid](*args, **constants)
+
+        return launch

@@ -7,12 +7,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from model import mamba, mla, ssd
+from model import mamba, mla, sigma_kernels, ssd
 from model.config import SigmaModelConfig
 from model.mamba import Mamba
 from model.mla import MLA
 from model.opaque import compile_model
 from model.sigma_llm import SigmaLLM
+from tests.model.kernel_inputs import Recorded
 from tests.trainable import patched
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,6 +76,21 @@ def test_use_kernels_reaches_every_mixer():
     mixers = [module for module in model.modules() if isinstance(module, Mamba | MLA)]
     assert {type(mixer) for mixer in mixers} == {Mamba, MLA}
     assert all(mixer.backend == "triton" for mixer in mixers)
+
+
+@pytest.mark.parametrize(("asked", "tiles"), [((0, 0), (16, 16)), ((32, 64), (32, 64))])
+def test_the_asked_tile_is_the_compiled_one(asked, tiles, monkeypatch):
+    expected = loss_and_gradients(network("torch"))
+    model = network("triton")
+    model.use_kernels("triton", scan_blocks=asked)
+    seen: list[dict[str, int]] = []
+    names = [name for name in vars(sigma_kernels) if name.endswith("_kernel")]
+    for name in names:
+        monkeypatch.setattr(sigma_kernels, name, Recorded(getattr(sigma_kernels, name), seen))
+    assert_close(loss_and_gradients(model), expected)
+    for constant, value in zip(("BLOCK_T", "BLOCK_N"), tiles, strict=True):
+        found = [constants[constant] for constants in seen if constant in constants]
+        assert len(found) >= 4 and set(found) == {value}
 
 
 def test_prompt_and_decoding_agree():

@@ -163,3 +163,35 @@ def test_the_table_is_read_once(path, monkeypatch):
     for columns in (30, 31, 32):
         find(columns=columns)
     assert reads == [path]
+
+
+def test_the_grouped_product_takes_measured_tiles_with_its_row_blocks(path, monkeypatch):
+    from model import ternary_experts
+    from model.dispatch import DispatchPlan
+    from model.ternary_linear import ternarize_rows
+
+    chosen = (torch.arange(90) % 3)[:, None]  # 30 rows an expert: blocks of 64
+    groups = ternary_experts.RowGroups.create(DispatchPlan.create(chosen, 3, grouped=True))
+    codes, scale = quantize_rows(random(90, 20, seed=1))
+    weight = ternarize_rows(random(3, 40, 20, seed=2))
+    given = {"a_scale": scale, "b_scale": weight.scale, "dtype": torch.float32, "by_token": False}
+    expected = ternary_experts.grouped_int8_product(codes, weight.codes, groups, **given)
+    key = LaunchKey(
+        operation="grouped_product", itemsize=4, capability=80, rows=32, columns=40, depth=20
+    )
+    used = []
+    launcher = ternary_experts.launcher
+
+    def watched(kernel, grid, **settings):
+        used.append(settings)
+        return launcher(kernel, grid, **settings)
+
+    monkeypatch.setattr(ternary_experts, "launcher", watched)
+    heuristic = ternary_experts.grouped_tiles(30, 80, 4)
+    for rows, warps in ((64, 2), (128, heuristic.warps)):
+        LaunchTable(tiles={key: Tiles(rows, 32, 32, 2, 2)}).write(path)
+        launch_table._loaded.cache_clear()
+        launch_table._find.cache_clear()
+        found = ternary_experts.grouped_int8_product(codes, weight.codes, groups, **given)
+        assert torch.equal(found, expected)
+        assert used[-1]["warps"] == warps

@@ -15,7 +15,7 @@ from scripts import tune_kernels
 from scripts.tune_kernels import Trial, candidates, trials, tune
 
 DEFAULT = Tiles(128, 128, 64, 8, 4)
-SMALL = argparse.Namespace(tokens=20, d_model=24, d_expert=16, vocab_size=40)
+SMALL = argparse.Namespace(tokens=20, d_model=24, d_expert=16, vocab_size=40, experts=3, top_k=2)
 
 
 def key_of(trial):
@@ -42,6 +42,13 @@ def test_the_heuristic_stays_where_others_are_hardly_faster():
     trial = Trial(key=None, default=DEFAULT, run=given.append)
     best, _ = tune(trial, lambda call: call() or (1.0 if given[-1] == DEFAULT else 0.99))
     assert best == DEFAULT
+
+
+def test_rows_that_are_settled_are_not_varied():
+    given = []
+    trial = Trial(key=None, default=DEFAULT, run=given.append, fixed_rows=True)
+    tune(trial, lambda call: call() or 1.0)
+    assert {tiles.m for tiles in given} == {DEFAULT.m} and len(set(given)) > 2
 
 
 def test_candidates_could_all_stand_in_a_table(tmp_path):

@@ -9,6 +9,10 @@ from training.config.fields import flag
 
 @dataclass(slots=True, kw_only=True)
 class FractalConfig:
+    interval_steps: int = flag(
+        0, "Steps between trials of scan tiles, for the runs that follow; 0 = none.", minimum=0
+    )
+    ucb_c: float = flag(1.3, "Exploration constant of UCB1.", minimum=0.0)
     arch_search: bool = flag(
         False,
         "Search for an architecture instead of training; --steps of a three-block network are its "

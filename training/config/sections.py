@@ -237,10 +237,20 @@ class PrecisionConfig:
         "Products, scan, attention, loss: torch, or triton (int8 products, 8-bit input gradients).",
         choices=("torch", "triton"),
     )
+    mamba_block_t: int = flag(
+        0, "Tile of the Triton scan over time; 0 = by device and shape.", minimum=0, maximum=128
+    )
+    mamba_block_n: int = flag(
+        0, "Its tile over state entries; 0 = by device and shape.", minimum=0, maximum=128
+    )
     torch_compile: bool = flag(False, "Compile the model; hand-written gradients stay as they are.")
     torch_compile_backend: str = flag("inductor", "Compiler back end.")
     torch_compile_mode: str = flag("default", "Compiler mode.")
     torch_compile_dynamic: bool = flag(True, "Dynamic shapes.")
+
+    def scan_blocks(self) -> tuple[int, int]:
+        """Tile of the Triton scan: steps and state entries, 0 = by device and shape."""
+        return self.mamba_block_t, self.mamba_block_n
 
 
 @dataclass(slots=True, kw_only=True)

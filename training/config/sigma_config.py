@@ -100,6 +100,7 @@ class SigmaConfig:
             part = getattr(self, flag.section)
             setattr(part, flag.field, flag.check(getattr(part, flag.field)))
         self._validate_run()
+        self._validate_kernels()
         self._validate_optim()
         self._validate_credit()
         self._validate_rl()
@@ -126,6 +127,17 @@ class SigmaConfig:
             raise ConfigError("--tokenizer-name must not be empty; the shipped one is assets")
         if self.generate.hidden and self.generate.eval_file:
             raise ConfigError("--hidden and --eval-file exclude each other: give one of them")
+
+    def _validate_kernels(self) -> None:
+        precision = self.precision
+        for name in ("mamba_block_t", "mamba_block_n"):
+            size, asked = getattr(precision, name), f"--{name.replace('_', '-')}"
+            if size and (size < 16 or size & (size - 1)):
+                raise ConfigError(f"{asked} must be 16, 32, 64, 128 or 0, not {size}")
+            if size and precision.kernel_backend != "triton":
+                raise ConfigError(f"{asked} needs --kernel-backend triton; else give {asked} 0")
+            if size and self.fractal.interval_steps:
+                raise ConfigError(f"--fractal-interval-steps chooses what {asked} fixes: drop one")
 
     def _validate_optim(self) -> None:
         optim = self.optim

@@ -6,6 +6,7 @@ from training.features.c3o_credit import C3oCreditFeature
 from training.features.curriculum import CurriculumFeature
 from training.features.diff_mla import DiffMlaFeature
 from training.features.ema import EmaFeature
+from training.features.fractal_nas import FractalNasFeature
 from training.features.instant import InstantFeature
 from training.features.reweighting import AdaptiveSourcesFeature
 from training.features.rl_auto_mix import RlAutoMixFeature
@@ -30,5 +31,6 @@ FEATURES: tuple[type[Feature], ...] = (
     SelfEvolveFeature,  # changes at boundaries, which the two before make
     CurriculumFeature,
     DiffMlaFeature,
+    FractalNasFeature,
     EmaFeature,  # averages the weights as the step leaves them
 )

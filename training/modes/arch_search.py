@@ -80,6 +80,7 @@ def open_nursery(config: SigmaConfig, device: torch.device) -> ModelNursery:
         grad_accum_steps=config.data.grad_accum_steps,
         average_decay=config.ema.decay if config.ema.enabled else None,
         kernel_backend=config.precision.kernel_backend,
+        scan_blocks=config.precision.scan_blocks(),
     )
     stream = TokenStream(
         corpus,

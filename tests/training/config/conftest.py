@@ -91,6 +91,10 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
         config.generate.eval_file = ""  # the two exclude each other
     if config.c3o.credit_enabled:
         config.optim.optimizer = "c3o"
+    for name in ("mamba_block_t", "mamba_block_n"):
+        if getattr(config.precision, name):
+            config.precision.kernel_backend, config.fractal.interval_steps = "triton", 0
+            setattr(config.precision, name, 32)
     if config.fractal.arch_search:
         config.c3o.credit_enabled = config.precision.torch_compile = False
         config.optim.optimizer = "muon"

@@ -47,6 +47,13 @@ DEVIATIONS = {
         "{embedded,local,hf,commoncrawl,hybrid}",
         "the shipped text and own files are backends too",
     ),
+    **{
+        (name, column): ("0", "the launcher knows the device and the shape")
+        for name in ("--mamba-block-t", "--mamba-block-n")
+        for column in ("default", "exe")
+    },
+    ("--fractal-interval-steps", "default"): ("0", "off until a gain is measured"),
+    ("--fractal-interval-steps", "exe"): ("0", "off until a gain is measured"),
     ("--ttrl-interval", "default"): ("0", "RL only where it is asked for"),
     ("--ttrl-interval", "exe"): ("0", "RL only where it is asked for"),
     ("--sigma-rl-auto-mix-enabled", "default"): ("off", "single objectives did better"),
@@ -216,3 +223,13 @@ def test_instant_settings_that_contradict_each_other():
     ):
         with pytest.raises(ConfigError, match=match):
             parse_args(["--no-torch-compile", "--instant-mode", "reversible", *flags])
+
+
+def test_tiles_of_the_scan_are_the_kernels_alone():
+    config = parse_args(["--kernel-backend=triton", "--mamba-block-t=32", "--mamba-block-n=128"])
+    assert config.precision.scan_blocks() == (32, 128)
+    with pytest.raises(ConfigError, match=r"--mamba-block-t needs --kernel-backend triton"):
+        parse_args(["--mamba-block-t=32"])
+    for size in ("8", "48"):
+        with pytest.raises(ConfigError, match=r"--mamba-block-n must be 16, 32, 64, 128 or 0"):
+            parse_args(["--kernel-backend=triton", f"--mamba-block-n={size}"])
