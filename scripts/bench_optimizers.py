@@ -11,12 +11,13 @@ see the same weights and batches, the same schedule and length. The target is wh
 (default adamw) ends at with the same seed; another optimizer reaches it earlier, or never. Steps
 are interpolated between evaluations. Seconds are of the process (CPU time), since the machine may
 be shared. Finished runs stand in the output file and are not repeated: a stopped bench goes on.
+Where an arm uses credit its probe text is held out of every arm's training text, and what its probes
+cost counts as part of its update.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import platform
@@ -33,13 +34,14 @@ import torch
 from torch import nn
 
 from model.sigma_llm import SigmaLLM
-from training.build import build_evaluator
+from training.build import build_evaluator, build_optimizer, build_probe
 from training.build_data import build_corpus, build_tokenizer
 from training.config.cli import parse_args
 from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, TokenStream
 from training.instant import apply_instant
-from training.optimizer import OptimizerSet, build_optimizer
+from training.optimizer import OptimizerSet
+from training.probe import Probe
 from training.runtime.environment import keep_freed_memory
 from training.schedule import step_factors
 
@@ -69,7 +71,13 @@ ARMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "lion": ("--optimizer lion", LION_GRID),
     "lion-bf16": ("--optimizer lion --lion-state-dtype bf16", LION_GRID),
     "galore-lion": ("--optimizer galore-lion", LION_GRID),
+    "c3o": ("--optimizer c3o", MUON_GRID),
+    "c3o-credit": ("--optimizer c3o --c3o-credit-enabled", MUON_GRID),
+    "c3o-shuffled": ("--optimizer c3o --c3o-credit-enabled --c3o-credit-shuffled", MUON_GRID),
 }
+# Credit moves effort between blocks and leaves the mean of the factors at one: no grid of its own.
+RATE_OF = {"c3o-credit": "c3o", "c3o-shuffled": "c3o"}
+DEFAULT_ARMS = [arm for arm in ARMS if not arm.startswith("c3o")]
 EXTENSION = 2.0
 MAX_EXTENSIONS = 3
 # Two-sided 95 % points of Student's t by degrees of freedom.
@@ -84,11 +92,14 @@ def arm_config(preset: str, arm: str, *, lr: float, seed: int, more: list[str]) 
 class Trial:
     """One training run: the trainer's update without its services, with a loss curve."""
 
-    def __init__(self, config: SigmaConfig, corpus: TokenCorpus, vocab_size: int) -> None:
+    def __init__(
+        self, config: SigmaConfig, corpus: TokenCorpus, vocab_size: int, probe: Probe | None
+    ) -> None:
         self.config = config
+        self.probe = probe
         self.model = SigmaLLM(config.model_config(vocab_size), seed=config.run.seed)
         apply_instant(self.model)
-        self.optimizer = build_optimizer(self.model, config.optim, seed=config.run.seed)
+        self.optimizer = build_optimizer(config, self.model)
         self.stream = TokenStream(
             corpus,
             seed=config.run.seed,
@@ -132,11 +143,28 @@ class Trial:
             (outputs.loss + sum(outputs.aux.values())).backward()
         start = time.process_time()
         nn.utils.clip_grad_norm_(list(self.optimizer.parameters()), optim.grad_clip)
-        self.optimizer.step()
-        self.model.after_optimizer_step()
+        self._update(step)
         self.seconds["optimizer"] += time.process_time() - start
         self.optimizer.zero_grad()
         return float(outputs.loss.detach())
+
+    def _update(self, step: int) -> None:
+        """The update, with a probe of it where credit is due, as the feature c3o_credit does."""
+        own = self.config.c3o
+        control, probe, model = self.optimizer.control, self.probe, self.model
+        is_probed = own.credit_enabled and (step - 1) % own.probe_interval == 0
+        if is_probed:
+            control.begin_probe()
+        self.optimizer.step()
+        model.after_optimizer_step()
+        if is_probed and probe is not None:
+            batch = probe.batch(control.num_probes)
+            _, gradients = probe.gradient(model, batch)
+            control.finish_probe(
+                gradients,
+                evaluate=lambda: probe.loss(model, batch),
+                generator=torch.Generator().manual_seed(step),
+            )
 
 
 class Bench:
@@ -152,10 +180,12 @@ class Bench:
             self.result = json.loads(self.path.read_text(encoding="utf-8"))
             if self.result["setting"] != self.setting:
                 raise SystemExit(f"--out {self.path} holds another setting; choose a new file")
-        config = self.config("adamw", lr=0.01, seed=0)
+        probed = [arm for arm in options.only.split(",") if arm in RATE_OF]
+        config = self.config(probed[0] if probed else "adamw", lr=0.01, seed=0)
         tokenizer = build_tokenizer(config)
         self.vocab_size = tokenizer.vocab_size
-        self.corpus = build_corpus(config, tokenizer)
+        corpus = build_corpus(config, tokenizer)
+        self.corpus, self.probe = build_probe(config, corpus, torch.device("cpu"))
 
     def config(self, arm: str, *, lr: float, seed: int) -> SigmaConfig:
         companion = self.result.get("best_lr", {}).get("adamw")
@@ -168,7 +198,7 @@ class Bench:
         runs = self.result["runs"]
         if key not in runs:
             config = self.config(arm, lr=lr, seed=seed)
-            runs[key] = Trial(config, self.corpus, self.vocab_size).run()
+            runs[key] = Trial(config, self.corpus, self.vocab_size, self.probe).run()
             print(key, runs[key]["final_bpb"], f"{runs[key]['train_cpu_s']} s", flush=True)
             self.save()
         found = runs[key]["final_bpb"]
@@ -176,6 +206,9 @@ class Bench:
 
     def best_rate(self, arm: str, seed: int) -> float:
         """The learning rate with the lowest final loss; an edge of the grid is moved outwards."""
+        if arm in RATE_OF and RATE_OF[arm] in self.result["best_lr"]:
+            self.result["best_lr"][arm] = self.result["best_lr"][RATE_OF[arm]]
+            return self.result["best_lr"][arm]
         rates = sorted(ARMS[arm][1])
         for _ in range(MAX_EXTENSIONS + 1):
             losses = {lr: self.final(arm, lr=lr, seed=seed) for lr in rates}
@@ -273,8 +306,7 @@ def time_updates(bench: Bench, arms: list[str], *, rounds: int) -> dict[str, flo
         "torch fused adamw": torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     }
     for arm in arms:
-        optim = copy.deepcopy(bench.config(arm, lr=1e-4, seed=0).optim)
-        sources[arm] = build_optimizer(model, optim)
+        sources[arm] = build_optimizer(bench.config(arm, lr=1e-4, seed=0), model)
     generator = torch.Generator().manual_seed(0)
     for param in model.parameters():
         param.grad = 1e-3 * torch.randn(param.shape, generator=generator)
@@ -291,7 +323,7 @@ def time_updates(bench: Bench, arms: list[str], *, rounds: int) -> dict[str, flo
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Steps of every optimizer to one validation loss.")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
-    parser.add_argument("--only", default=",".join(ARMS), help="optimizers, by commas")
+    parser.add_argument("--only", default=",".join(DEFAULT_ARMS), help="optimizers, by commas")
     parser.add_argument("--seeds", default="1,2,3", help="by commas; the first one runs the grids")
     parser.add_argument("--target", default="adamw", choices=sorted(ARMS))
     parser.add_argument("--flags", default="", help="further flags of train_sigma.py, quoted")
