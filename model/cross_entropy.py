@@ -19,7 +19,7 @@ from torch import Tensor
 from model.opaque import apply_opaque
 
 IGNORED = -100
-_BLOCK_LOGITS = {"cpu": 2**22}
+_BLOCK_LOGITS = {"cpu": 2**20}
 _BLOCK_LOGITS_DEVICE = 2**26
 # Every block passes over the weight's gradient once: fewer rows would pay for memory, not products.
 _FEWEST_ROWS = 256

@@ -23,6 +23,7 @@ Source: Mamba-3 2603.15569, read beside the public state-spaces/mamba implementa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,10 +42,13 @@ DT_RANGE = (1e-3, 0.1)
 FREQUENCY_RANGE = (1e-3, 1.0)  # radians per token
 DECAY_FLOOR = 1e-4
 DECAY_CEILING = 1e4
+_SLAB = 2**16  # numbers with an axis of ranks that are formed at once
 
 
 class _GatedRankNorm(torch.autograd.Function):
     """sum_r gain_r o y_r / rms(y_r) o silu(z o gate_r), with few passes over y.
+
+    Steps are taken in parts, so that what has an axis of ranks is never formed for all of them.
 
     y (B, T, H, R, P), any strides; z (B, T, H, P); gain (H, R, P); gate (H, R, P) or None.
     With n = y / rms: dn = g silu gain;  dy = (dn - n mean(dn n)) / rms.
@@ -54,32 +58,54 @@ class _GatedRankNorm(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, z: Tensor, gain: Tensor, gate: Tensor | None, eps: float
     ) -> Tensor:
-        inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True)  # (B, T, H, R, 1)
-        inverse = (inverse.square_() / y.shape[-1]).add_(eps).rsqrt_()
-        gates = z.unsqueeze(3) if gate is None else z.unsqueeze(3) * gate
-        result = F.silu(gates) * gain
-        result.mul_(y).mul_(inverse)
+        inverse = y.new_empty(*y.shape[:-1], 1)  # (B, T, H, R, 1)
+        result = y.new_empty(*y.shape[:3], y.shape[4])
+        for part in _parts(y):
+            norm = torch.linalg.vector_norm(y[:, part], dim=-1, keepdim=True)
+            torch.rsqrt((norm.square_() / y.shape[-1]).add_(eps), out=inverse[:, part])
+            gated = F.silu(_gates(z[:, part], gate)) * gain
+            gated.mul_(y[:, part]).mul_(inverse[:, part])
+            result[:, part] = gated.squeeze(3) if gate is None else gated.sum(3)
         ctx.save_for_backward(y, z, gain, gate, inverse)
-        return result.squeeze(3) if y.shape[3] == 1 else result.sum(3)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, z, gain, gate, inverse = ctx.saved_tensors
-        gates = z.unsqueeze(3) if gate is None else z.unsqueeze(3) * gate
-        grad = grads[0].unsqueeze(3)
-        normed = y * inverse  # (B, T, H, R, P)
-        pulled = grad * normed
-        grad_y = F.silu(gates).mul_(grad)  # gradient of gain o n
-        grad_gain = (grad_y * normed).sum((0, 1))
-        grad_y.mul_(gain)
-        dot = (grad_y * normed).sum(-1, keepdim=True)
-        grad_y.addcmul_(normed, dot, value=-1.0 / y.shape[-1]).mul_(inverse)
-        grad_gates = torch.ops.aten.silu_backward(pulled.mul_(gain), gates)
-        if gate is None:
-            return grad_y, grad_gates.squeeze(3), grad_gain, None, None
-        grad_gate = (grad_gates * z.unsqueeze(3)).sum((0, 1))
-        return grad_y, (grad_gates * gate).sum(3), grad_gain, grad_gate, None
+        grad_y, grad_z = torch.empty_like(y), torch.empty_like(z)
+        grad_gain = torch.zeros_like(gain)
+        grad_gate = None if gate is None else torch.zeros_like(gate)
+        for part in _parts(y):
+            gates = _gates(z[:, part], gate)
+            grad = grads[0][:, part].unsqueeze(3)
+            normed = y[:, part] * inverse[:, part]  # (B, t, H, R, P)
+            pulled = grad * normed
+            pushed = F.silu(gates).mul_(grad)  # gradient of gain o n
+            grad_gain += (pushed * normed).sum((0, 1))
+            pushed.mul_(gain)
+            dot = (pushed * normed).sum(-1, keepdim=True)
+            pushed.addcmul_(normed, dot, value=-1.0 / y.shape[-1])
+            torch.mul(pushed, inverse[:, part], out=grad_y[:, part])
+            grad_gates = torch.ops.aten.silu_backward(pulled.mul_(gain), gates)
+            if gate is None or grad_gate is None:
+                grad_z[:, part] = grad_gates.squeeze(3)
+                continue
+            grad_gate += (grad_gates * z[:, part].unsqueeze(3)).sum((0, 1))
+            grad_z[:, part] = grad_gates.mul_(gate).sum(3)
+        return grad_y, grad_z, grad_gain, grad_gate, None
+
+
+def _gates(z: Tensor, gate: Tensor | None) -> Tensor:
+    """z (B, T, H, P) for every rank, (B, T, H, R or 1, P)."""
+    return z.unsqueeze(3) if gate is None else z.unsqueeze(3) * gate
+
+
+def _parts(y: Tensor) -> Iterator[slice]:
+    """Steps of y (B, T, ...) at most _SLAB numbers at a time: what stays in a core's cache."""
+    steps = max(1, _SLAB * y.shape[1] // y.numel())
+    for first in range(0, y.shape[1], steps):
+        yield slice(first, first + steps)
 
 
 def decay_rate(value: Tensor) -> Tensor:

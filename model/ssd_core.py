@@ -1,11 +1,11 @@
 """Matrix products of the chunked scan with their hand-written gradient.
 
 Autograd of the formulas keeps every (H, Q, Q) and (H, T, N) intermediate and walks each of them
-several times; written out, the backward pass keeps two of them and works in place.
+several times; written out, the backward pass keeps the decays alone and works in place.
 
-Layout: heads before time, (B, H, K, R Q, P) for K chunks of Q steps with R ranks, so that each
-product is one batched GEMM over B H K. What heads share (B, C, their product) has no head axis.
-Ranks come before steps, so that a factor per step is a repeated tile with a long inner axis.
+Chunks meet only in the states between them, so everything with an axis of Q Q or of ranks is formed
+for a slab of them at a time, never for the whole row, and backward forms it again from x, B and C:
+the slab stays in the cache and the scan's own memory is a few rows' of its input.
 
 With g the gradient of y:  W = exp(cum_t - cum_s + log_w_s) below the diagonal, gamma on it;
 G = C B^T;  M = W o G + skip I;  E = exp(cum_end - cum_s + log_w_s);  S = (E o B)^T X;
@@ -28,14 +28,26 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.ssd_slabs import (
+    Cut,
+    add_products,
+    power,
+    products,
+    rank_first,
+    ranked,
+    scale_pairs,
+    shared,
+    tile,
+    unshared,
+)
+
 _LOG2_E = 1.0 / math.log(2.0)
-_LIMIT = 64.0
 
 
 def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,94 +62,6 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _power(exponent: Tensor, mask: Tensor | None) -> Tensor:
-    """mask o 2^exponent, in place."""
-    exponent.clamp_(-_LIMIT, _LIMIT).exp2_()
-    return exponent if mask is None else exponent.mul_(mask)
-
-
-def _pad_steps(value: Tensor, steps: int) -> Tensor:
-    """value (B, T, ...) -> (B, steps, ...)."""
-    missing = steps - value.shape[1]
-    if not missing:
-        return value
-    return torch.cat([value, value.new_zeros(value.shape[0], missing, *value.shape[2:])], 1)
-
-
-def _head_chunks(value: Tensor, chunks: int, size: int) -> Tensor:
-    """(B, T, H) -> (B, H, K, Q), a fresh contiguous tensor."""
-    value = _pad_steps(value, chunks * size).transpose(1, 2)
-    value = value.clone(memory_format=torch.contiguous_format)
-    return value.view(*value.shape[:2], chunks, size)
-
-
-def _shared_chunks(value: Tensor, chunks: int, size: int) -> Tensor:
-    """b or c (B, T, R, N) -> (B, K, R Q, N), contiguous."""
-    batch, _, rank, width = value.shape
-    value = _pad_steps(value, chunks * size).reshape(batch, chunks, size, rank, width)
-    return value.transpose(2, 3).reshape(batch, chunks, rank * size, width)
-
-
-def _shared_steps(value: Tensor, rank: int, length: int) -> Tensor:
-    """Inverse of `_shared_chunks`: (B, K, R Q, N) -> (B, T, R, N)."""
-    batch, _, rows, width = value.shape
-    value = value.view(batch, -1, rank, rows // rank, width).transpose(2, 3)
-    return value.reshape(batch, -1, rank, width)[:, :length]
-
-
-def _rank_chunks(value: Tensor, chunks: int, size: int) -> Tensor:
-    """(B, T, H, R, P) -> (B, H, K, R Q, P), contiguous."""
-    batch, _, heads, _, width = value.shape
-    value = _pad_steps(value, chunks * size).unflatten(1, (chunks, size))
-    return value.permute(0, 3, 1, 4, 2, 5).reshape(batch, heads, chunks, -1, width)
-
-
-def _expand_rank(x: Tensor, rank_in: Tensor) -> Tensor:
-    """x (B, H, K, Q, P), rank_in (H, R, P) -> (B, H, K, R Q, P)."""
-    return (x.unsqueeze(3) * rank_in[:, None, :, None]).flatten(3, 4)
-
-
-def _tile(factor: Tensor, rank: int) -> Tensor:
-    """(..., Q) -> (..., R Q, 1): one factor per step, for all its ranks."""
-    if rank > 1:
-        factor = factor.repeat(*[1] * (factor.dim() - 1), rank)
-    return factor.unsqueeze(-1)
-
-
-def _scale_pairs(value: Tensor, weights: Tensor, rank: int, *, out: Tensor | None = None) -> Tensor:
-    """value (B, H or 1, K, R Q, R Q) o weights (B, H, K, Q, Q), repeated for all pairs of ranks."""
-    if rank == 1:
-        return torch.mul(value, weights, out=out)
-    size = weights.shape[-1]
-    tiles = (rank, size, rank, size)
-    result = weights.new_empty(*weights.shape[:3], rank * size, rank * size) if out is None else out
-    torch.mul(
-        value.view(*value.shape[:3], *tiles),
-        weights[..., None, :, None, :],
-        out=result.view(*result.shape[:3], *tiles),
-    )
-    return result
-
-
-def _products(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Batched matrix product over all leading dimensions (equal on both sides).
-
-    `out`, contiguous, is overwritten: fresh pages cost a third of a small product's time.
-    """
-    shape = (*left.shape[:-2], left.shape[-2], right.shape[-1])
-    left, right = left.flatten(0, -3), right.flatten(0, -3)
-    if out is None:
-        return torch.bmm(left, right).view(shape)
-    torch.bmm(left, right, out=out.view(-1, *shape[-2:]))
-    return out
-
-
-def _add_products(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total += left @ right, in place; total must be contiguous."""
-    total.view(-1, *total.shape[-2:]).baddbmm_(left.flatten(0, -3), right.flatten(0, -3))
-    return total
-
-
 def _chunk_decays(totals: Tensor, boundary: Tensor) -> Tensor:
     """Decay from each chunk boundary to each later one: totals (B, H, K) -> (B, H, K+1, K+1).
 
@@ -145,7 +69,7 @@ def _chunk_decays(totals: Tensor, boundary: Tensor) -> Tensor:
     """
     running = torch.nn.functional.pad(totals.double().cumsum(-1), (1, 0))
     gaps = (running.unsqueeze(-1) - running.unsqueeze(-2)).to(totals.dtype)
-    return _power(gaps, boundary)
+    return power(gaps, boundary)
 
 
 class ChunkedScan(torch.autograd.Function):
@@ -153,112 +77,230 @@ class ChunkedScan(torch.autograd.Function):
 
     x (B, T, H, P); rank_in (H, R, P) or None; b, c (B, T, R, N), rotated; log_decay, log_weight,
     gamma (B, T, H); skip (H,); h0 (B, H, N, P) or None; masks: ScanMasks.
-    y (B, T, H, R, P) is a view of head-major memory; h (B, H, N, P).
+    y (B, T, H, R, P); h (B, H, N, P).
     """
 
     @staticmethod
     @_without_autocast
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         x, rank_in, b, c, log_decay, log_weight, gamma, skip, h0, masks = args
-        length, rank, size = x.shape[1], b.shape[2], masks.chunk_len
-        chunks = -(-length // size)
-        x_chunks = _rank_chunks(x.unsqueeze(3), chunks, size)  # (B, H, K, Q, P)
-        inputs = x_chunks if rank_in is None else _expand_rank(x_chunks, rank_in)
-        b_chunks, c_chunks = (_shared_chunks(v, chunks, size) for v in (b, c))
-        cum = _head_chunks(log_decay, chunks, size).mul_(_LOG2_E).cumsum(-1)  # (B, H, K, Q)
-        source = cum - _head_chunks(log_weight, chunks, size).mul_(_LOG2_E)
-        weights = cum.unsqueeze(-1) - source.unsqueeze(-2)  # (B, H, K, Q, Q)
-        _power(weights, masks.pair)
-        weights.diagonal(dim1=-2, dim2=-1).copy_(_head_chunks(gamma, chunks, size))
-        scores = (c_chunks @ b_chunks.mT).unsqueeze(1)  # (B, 1, K, RQ, RQ)
-        mixing = _mix(scores, weights, skip, rank)
+        batch, length, heads, width = x.shape
+        rank, size = b.shape[2:]
+        cut = Cut(batch, -(-length // masks.chunk_len), masks.chunk_len, length)
+        x, b, c = cut.steps(x), cut.steps(b), cut.steps(c)
+        cum = cut.heads(log_decay).mul_(_LOG2_E).cumsum(-1)  # (G, H, Q)
+        source = cum - cut.heads(log_weight).mul_(_LOG2_E)
+        weights = cum.unsqueeze(-1) - source.unsqueeze(-2)  # (G, H, Q, Q)
+        power(weights, cut.mask(masks.pair))
+        weights.diagonal(dim1=-2, dim2=-1).copy_(cut.heads(gamma))
+        decays = _chunk_decays(cut.by_row(cum[..., -1].contiguous()), masks.boundary)
+        to_end = power(cum[..., -1:] - source, cut.mask(masks.to_end))
+        from_start = power(cum, cut.mask(masks.from_start))
 
-        decays = _chunk_decays(cum[..., -1], masks.boundary)  # (B, H, K + 1, K + 1)
-        to_end = _power(cum[..., -1:] - source, masks.to_end)
-        from_start = _power(cum, masks.from_start)
-        b_decayed = _tile(to_end, rank) * b_chunks.unsqueeze(1)  # (B, H, K, RQ, N)
-        added = _products(b_decayed.mT, inputs)  # (B, H, K, N, P)
-        entering = _products(decays[..., :-1, 1:], added.flatten(-2)).view_as(added)
-        h = _products(decays[..., -1:, 1:], added.flatten(-2)).view_as(added[:, :, 0])
-        if h0 is not None:
-            entering.addcmul_(decays[..., :-1, 0, None, None], h0.unsqueeze(2))
-            h.addcmul_(decays[..., -1, 0, None, None], h0)
+        added = x.new_empty(len(x), heads, size, width)  # (G, H, N, P)
+        for chunks, parts in cut.slabs(heads, rank):
+            b_slab = shared(b[chunks]).unsqueeze(1)
+            for part in parts:
+                decayed = tile(to_end[chunks, part], rank) * b_slab
+                inputs = ranked(x[chunks], part, rank_in)
+                products(decayed.mT, inputs, out=added[chunks, part])
+        entering, h = _join_states(cut, decays, added, h0)
 
-        c_decayed = torch.mul(_tile(from_start, rank), c_chunks.unsqueeze(1), out=b_decayed)
-        y = _add_products(_products(mixing, inputs), c_decayed, entering)
+        y = x.new_empty(*x.shape[:3], rank, width)  # (G, Q, H, R, P)
+        for chunks, parts in cut.slabs(heads, rank):
+            b_slab, c_slab = shared(b[chunks]), shared(c[chunks])
+            scores = (c_slab @ b_slab.mT).unsqueeze(1)  # (n, 1, RQ, RQ)
+            for part in parts:
+                mixing = _mix(scores, weights[chunks, part], skip[part], rank)
+                mixed = products(mixing, ranked(x[chunks], part, rank_in))
+                decayed = tile(from_start[chunks, part], rank) * c_slab.unsqueeze(1)
+                add_products(mixed, decayed, entering[chunks, part])
+                y[chunks, :, part] = mixed.unflatten(2, (rank, -1)).permute(0, 3, 1, 2, 4)
         ctx.save_for_backward(
-            x_chunks, rank_in, b_chunks, c_chunks, skip, h0, None if rank_in is None else inputs,
-            weights, scores, to_end, from_start, added, decays, entering,
-        )  # fmt: skip
-        ctx.length, ctx.rank = length, rank
+            x, rank_in, b, c, skip, h0, weights, to_end, from_start, added, decays, entering
+        )
+        ctx.cut = cut
         ctx.set_materialize_grads(False)
-        y = y.view(*y.shape[:3], rank, size, -1).permute(0, 2, 4, 1, 3, 5)  # (B, K, Q, H, R, P)
-        return _join_chunks(y, length), h
+        return cut.joined(y), h
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (
-            x, rank_in, b, c, skip, h0, inputs,
-            weights, scores, to_end, from_start, added, decays, entering,
+            x, rank_in, b, c, skip, h0, weights, to_end, from_start, added, decays, entering,
         ) = ctx.saved_tensors  # fmt: skip
-        rank, length, (chunks, size) = ctx.rank, ctx.length, weights.shape[2:4]
-        inputs = x if inputs is None else inputs
+        cut, heads, rank = ctx.cut, x.shape[2], b.shape[2]
         grad_y, grad_h = grads
         if grad_y is None:
-            grad_y = x.new_zeros(len(x), length, x.shape[1], rank, x.shape[-1])
-        grad = _rank_chunks(grad_y, chunks, size)  # (B, H, K, RQ, P)
-        mixing = _mix(scores, weights, skip, rank)
-        grad_inputs = _products(mixing.mT, grad)
-        grad_mixing = _products(grad, inputs.mT, out=mixing)
-        pair = _backward_pairs(grad_mixing, weights, scores, rank)
-        grad_scores, grad_gamma, grad_skip, grad_cum, grad_log_weight = pair
-
-        c_decayed = _tile(from_start, rank) * c.unsqueeze(1)
-        grad_entering = _products(c_decayed.mT, grad)  # (B, H, K, N, P)
+            grad_y = x.new_zeros(cut.rows, cut.length, heads, rank, x.shape[-1])
+        grad_y = cut.steps(grad_y)  # (G, Q, H, R, P)
+        grad_entering = _backward_entering(cut, grad_y, c, from_start, like=added)
         grad_added, grad_h0, grad_totals = _backward_states(
-            grad_entering, grad_h, decays, added, h0
+            cut, grad_entering, grad_h, decays, added, h0
         )
-        grad_c_decayed = _products(grad, entering.mT, out=c_decayed)
-        grad_c, grad_from_start = _backward_decayed(grad_c_decayed, from_start, c, rank)
-        b_decayed = torch.mul(_tile(to_end, rank), b.unsqueeze(1), out=grad_c_decayed)
-        _add_products(grad_inputs, b_decayed, grad_added)
-        grad_b_decayed = _products(inputs, grad_added.mT, out=b_decayed)
-        grad_b, grad_to_end = _backward_decayed(grad_b_decayed, to_end, b, rank)
-        _add_products(grad_b, grad_scores.mT, c)
-        _add_products(grad_c, grad_scores, b)
-
-        grad_cum = grad_cum.add_(grad_from_start).sub_(grad_to_end)
-        grad_log_weight.add_(grad_to_end)
-        grad_cum[..., -1] += grad_totals + grad_to_end.sum(-1)
-        grad_log_decay = grad_cum.flip(-1).cumsum(-1).flip(-1)
-        grad_x, grad_rank_in = _backward_rank(grad_inputs, x, rank_in)
+        found = _Gradients.zeros(x, rank_in, b, c, skip, to_end)
+        for chunks, parts in cut.slabs(heads, rank):
+            b_slab, c_slab = shared(b[chunks]), shared(c[chunks])
+            scores = (c_slab @ b_slab.mT).unsqueeze(1)
+            grad_scores = torch.zeros_like(scores)
+            for part in parts:
+                place = (chunks, part)
+                slab = _Slab(
+                    inputs=ranked(x[chunks], part, rank_in),
+                    grad=rank_first(grad_y[chunks], part),
+                    b=b_slab.unsqueeze(1),
+                    c=c_slab.unsqueeze(1),
+                    scores=scores,
+                    weights=weights[place],
+                    to_end=to_end[place],
+                    from_start=from_start[place],
+                    entering=entering[place],
+                    grad_added=grad_added[place],
+                    skip=skip[part],
+                )
+                _backward_slab(slab, place, found, grad_scores, x=x[chunks], rank_in=rank_in)
+            grad_scores = grad_scores.squeeze(1)
+            found.b[chunks] += unshared(grad_scores.mT @ c_slab, rank)
+            found.c[chunks] += unshared(grad_scores @ b_slab, rank)
+        found.cum[..., -1] += cut.by_chunk(grad_totals)
+        grad_log_decay = found.cum.flip(-1).cumsum(-1).flip(-1)
         return (
-            _join_chunks(grad_x.permute(0, 2, 3, 1, 4), length),
-            grad_rank_in,
-            _shared_steps(grad_b, rank, length),
-            _shared_steps(grad_c, rank, length),
+            cut.joined(found.x),
+            found.rank_in,
+            cut.joined(found.b),
+            cut.joined(found.c),
             *(
-                _join_chunks(value.permute(0, 2, 3, 1), length)
-                for value in (grad_log_decay, grad_log_weight, grad_gamma)
+                cut.joined(value.transpose(1, 2).contiguous())
+                for value in (grad_log_decay, found.log_weight, found.gamma)
             ),
-            grad_skip,
+            found.skip,
             grad_h0,
             None,
         )
 
 
-def _join_chunks(value: Tensor, length: int) -> Tensor:
-    """(B, K, Q, ...) -> (B, T, ...): a view where the ranks do not lie between K and Q."""
-    return value.flatten(1, 2)[:, :length]
+class _Slab(NamedTuple):
+    """What the gradient of a slab of n chunks and h heads is made of.
+
+    inputs, grad (n, h, R Q, P); b, c (n, 1, R Q, N); scores (n, 1, R Q, R Q); weights
+    (n, h, Q, Q); to_end, from_start (n, h, Q); entering, grad_added (n, h, N, P); skip (h,).
+    """
+
+    inputs: Tensor
+    grad: Tensor
+    b: Tensor
+    c: Tensor
+    scores: Tensor
+    weights: Tensor
+    to_end: Tensor
+    from_start: Tensor
+    entering: Tensor
+    grad_added: Tensor
+    skip: Tensor
+
+
+class _Gradients(NamedTuple):
+    """Gradients of all chunks, filled slab by slab: x (G, Q, H, P), b and c (G, Q, R, N), the
+    rest (G, H, Q) but for rank_in (H, R, P) and skip (H,)."""
+
+    x: Tensor
+    rank_in: Tensor | None
+    b: Tensor
+    c: Tensor
+    skip: Tensor
+    gamma: Tensor
+    cum: Tensor
+    log_weight: Tensor
+
+    @classmethod
+    def zeros(
+        cls, x: Tensor, rank_in: Tensor | None, b: Tensor, c: Tensor, skip: Tensor, steps: Tensor
+    ) -> _Gradients:
+        grad_b, grad_c = (
+            torch.zeros_like(v, memory_format=torch.contiguous_format) for v in (b, c)
+        )
+        return cls(
+            torch.empty_like(x, memory_format=torch.contiguous_format),
+            None if rank_in is None else torch.zeros_like(rank_in),
+            grad_b,
+            grad_c,
+            torch.zeros_like(skip),
+            *(torch.empty_like(steps) for _ in range(3)),
+        )
 
 
 def _mix(scores: Tensor, weights: Tensor, skip: Tensor, rank: int) -> Tensor:
-    """M = W o G + skip I, (B, H, K, RQ, RQ)."""
-    mixing = _scale_pairs(scores, weights, rank)
-    mixing.diagonal(dim1=-2, dim2=-1).add_(skip.view(-1, 1, 1))
+    """M = W o G + skip I, (n, h, RQ, RQ)."""
+    mixing = scale_pairs(scores, weights, rank)
+    mixing.diagonal(dim1=-2, dim2=-1).add_(skip.view(-1, 1))
     return mixing
+
+
+def _join_states(
+    cut: Cut, decays: Tensor, added: Tensor, h0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """States entering each chunk (G, H, N, P) and the last one (B, H, N, P)."""
+    sources = cut.by_row(added.flatten(2))  # (B, H, K, N P)
+    entering = products(decays[..., :-1, 1:], sources)
+    h = products(decays[..., -1:, 1:], sources)[..., 0, :].unflatten(-1, added.shape[2:])
+    if h0 is not None:
+        entering.addcmul_(decays[..., :-1, 0, None], h0.flatten(2).unsqueeze(2))
+        h = torch.addcmul(h, decays[..., -1, 0, None, None], h0)
+    return cut.by_chunk(entering).unflatten(-1, added.shape[2:]), h
+
+
+def _backward_entering(
+    cut: Cut, grad_y: Tensor, c: Tensor, from_start: Tensor, *, like: Tensor
+) -> Tensor:
+    """Gradient of V (G, H, N, P) from that of y (G, Q, H, R, P)."""
+    grad_entering = torch.empty_like(like)
+    heads, rank = grad_y.shape[2:4]
+    for chunks, parts in cut.slabs(heads, rank):
+        c_slab = shared(c[chunks]).unsqueeze(1)
+        for part in parts:
+            decayed = tile(from_start[chunks, part], rank) * c_slab
+            grad = rank_first(grad_y[chunks], part)
+            products(decayed.mT, grad, out=grad_entering[chunks, part])
+    return grad_entering
+
+
+def _backward_slab(
+    slab: _Slab,
+    place: tuple[slice, slice],
+    found: _Gradients,
+    grad_scores: Tensor,
+    *,
+    x: Tensor,
+    rank_in: Tensor | None,
+) -> None:
+    """Fill `found` at `place`, and add to grad_scores (n, 1, R Q, R Q)."""
+    chunks, part = place
+    rank = slab.scores.shape[-1] // slab.weights.shape[-1]
+    mixing = _mix(slab.scores, slab.weights, slab.skip, rank)
+    grad_inputs = products(mixing.mT, slab.grad)
+    grad_mixing = products(slab.grad, slab.inputs.mT, out=mixing)
+    cum, log_weight = _backward_pairs(grad_mixing, slab, place, found, grad_scores)
+
+    c_decayed = products(slab.grad, slab.entering.mT)  # gradient of F o C
+    grad_c, grad_from_start = _backward_decayed(c_decayed, slab.from_start, slab.c, rank)
+    b_decayed = torch.mul(tile(slab.to_end, rank), slab.b, out=c_decayed)
+    add_products(grad_inputs, b_decayed, slab.grad_added)
+    products(slab.inputs, slab.grad_added.mT, out=b_decayed)  # gradient of E o B
+    grad_b, grad_to_end = _backward_decayed(b_decayed, slab.to_end, slab.b, rank)
+
+    cum.add_(grad_from_start).sub_(grad_to_end)
+    cum[..., -1] += grad_to_end.sum(-1)
+    found.cum[place], found.log_weight[place] = cum, log_weight.add_(grad_to_end)
+    found.b[chunks] += unshared(grad_b, rank)
+    found.c[chunks] += unshared(grad_c, rank)
+    if rank_in is None or found.rank_in is None:
+        found.x[chunks, :, part] = grad_inputs.transpose(1, 2)
+        return
+    by_rank = grad_inputs.unflatten(2, (rank, -1))  # (n, h, R, Q, P)
+    own = x[:, :, part].transpose(1, 2).unsqueeze(2)
+    found.rank_in[part] += (by_rank * own).sum((0, 3))
+    found.x[chunks, :, part] = (by_rank * rank_in[part, :, None]).sum(2).transpose(1, 2)
 
 
 def _step_diagonal(pairs: Tensor, rank: int) -> Tensor:
@@ -274,41 +316,58 @@ def _sum_ranks(value: Tensor, rank: int) -> Tensor:
 
 
 def _backward_pairs(
-    grad_mixing: Tensor, weights: Tensor, scores: Tensor, rank: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of scores, gamma, skip, cum and log_weight from that of M (overwritten)."""
-    grad_skip = grad_mixing.diagonal(dim1=-2, dim2=-1).sum((0, 2, 3))
-    products = _step_diagonal(grad_mixing, rank) * _step_diagonal(scores, rank)
-    grad_gamma = products.sum((-3, -2))  # (B, H, K, Q)
-    _scale_pairs(grad_mixing, weights, rank, out=grad_mixing)
-    grad_scores = grad_mixing.sum(1)  # (B, K, RQ, RQ)
-    exponents = grad_mixing.mul_(scores)
+    grad_mixing: Tensor,
+    slab: _Slab,
+    place: tuple[slice, slice],
+    found: _Gradients,
+    grad_scores: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of cum and log_weight (n, h, Q) from that of M (overwritten); those of gamma, skip
+    and scores go into `found` and grad_scores."""
+    rank = slab.scores.shape[-1] // slab.weights.shape[-1]
+    found.skip[place[1]] += grad_mixing.diagonal(dim1=-2, dim2=-1).sum((0, 2))
+    same_step = _step_diagonal(grad_mixing, rank) * _step_diagonal(slab.scores, rank)
+    grad_gamma = same_step.sum((-3, -2))
+    found.gamma[place] = grad_gamma
+    scale_pairs(grad_mixing, slab.weights, rank, out=grad_mixing)
+    for own in grad_mixing.unbind(1):
+        grad_scores += own.unsqueeze(1)
+    exponents = grad_mixing.mul_(slab.scores)
     # Gamma has no exponent: its row and column entries cancel in cum and leave log_weight here.
-    diagonal = grad_gamma * weights.diagonal(dim1=-2, dim2=-1)
+    diagonal = grad_gamma * slab.weights.diagonal(dim1=-2, dim2=-1)
     rows = _sum_ranks(exponents.sum(-1), rank)
     columns = _sum_ranks(exponents.sum(-2), rank)
-    return grad_scores, grad_gamma, grad_skip, rows - columns, columns - diagonal
+    return rows - columns, columns - diagonal
 
 
 def _backward_states(
-    grad_entering: Tensor, grad_h: Tensor | None, decays: Tensor, added: Tensor, h0: Tensor | None
+    cut: Cut,
+    grad_entering: Tensor,
+    grad_h: Tensor | None,
+    decays: Tensor,
+    added: Tensor,
+    h0: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of S (B, H, K, N, P), h0 and the chunks' totals (B, H, K)."""
-    flat, sources = grad_entering.flatten(-2), added.flatten(-2)
-    grad_added = _products(decays[..., :-1, 1:].mT, flat).view_as(added)
+    """Gradients of S (G, H, N, P), h0 and the chunks' totals (B, H, K)."""
+    shape = added.shape[2:]
+    flat, sources = (cut.by_row(value.flatten(2)) for value in (grad_entering, added))
+    grad_added = products(decays[..., :-1, 1:].mT, flat)  # (B, H, K, N P)
     grad_decays = torch.zeros_like(decays)
-    grad_decays[..., :-1, 1:] = _products(flat, sources.mT)
+    grad_decays[..., :-1, 1:] = products(flat, sources.mT)
     grad_h0 = None
     if h0 is not None:
-        grad_decays[..., :-1, 0] = (grad_entering * h0.unsqueeze(2)).sum((-2, -1))
-        grad_h0 = (grad_entering * decays[..., :-1, 0, None, None]).sum(2)
+        start = h0.flatten(2).unsqueeze(2)
+        grad_decays[..., :-1, 0] = (flat * start).sum(-1)
+        grad_h0 = (flat * decays[..., :-1, 0, None]).sum(2).view_as(h0)
     if grad_h is not None:
-        grad_added.addcmul_(decays[..., -1, 1:, None, None], grad_h.unsqueeze(2))
-        grad_decays[..., -1, 1:] = (grad_h.unsqueeze(2) * added).sum((-2, -1))
+        end = grad_h.flatten(2).unsqueeze(2)
+        grad_added.addcmul_(decays[..., -1, 1:, None], end)
+        grad_decays[..., -1, 1:] = (end * sources).sum(-1)
         if h0 is not None and grad_h0 is not None:
             grad_decays[..., -1, 0] = (grad_h * h0).sum((-2, -1))
             grad_h0 = grad_h0 + grad_h * decays[..., -1, 0, None, None]
-    return grad_added, grad_h0, _backward_chunk_decays(grad_decays.mul_(decays))
+    grad_totals = _backward_chunk_decays(grad_decays.mul_(decays))
+    return cut.by_chunk(grad_added).unflatten(-1, shape), grad_h0, grad_totals
 
 
 def _backward_chunk_decays(exponents: Tensor) -> Tensor:
@@ -321,20 +380,10 @@ def _backward_chunk_decays(exponents: Tensor) -> Tensor:
 
 
 def _backward_decayed(
-    grad: Tensor, factor: Tensor, shared: Tensor, rank: int
+    grad: Tensor, factor: Tensor, value: Tensor, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of shared and log factor from that of factor o shared (overwritten)."""
-    grad.mul_(_tile(factor, rank))  # (B, H, K, RQ, N)
-    grad_shared = grad.sum(1)
-    return grad_shared, _sum_ranks(grad.mul_(shared.unsqueeze(1)).sum(-1), rank)
-
-
-def _backward_rank(
-    grad_inputs: Tensor, x: Tensor, rank_in: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x (B, H, K, Q, P) and rank_in (H, R, P)."""
-    if rank_in is None:
-        return grad_inputs, None
-    grad = grad_inputs.view(*x.shape[:3], rank_in.shape[1], *x.shape[3:])  # (B, H, K, R, Q, P)
-    grad_rank = (grad * x.unsqueeze(3)).sum((0, 2, 4))
-    return (grad * rank_in[:, None, :, None]).sum(3), grad_rank
+    """Gradients of the value (b or c, (n, R Q, N)) and of the log factor (n, h, Q) from that of
+    their product (overwritten)."""
+    grad.mul_(tile(factor, rank))  # (n, h, RQ, N)
+    grad_value = grad.sum(1)
+    return grad_value, _sum_ranks(grad.mul_(value).sum(-1), rank)

@@ -5,18 +5,24 @@ is alive after the forward beyond what was before (what backward needs), and the
 backward. Times are interleaved, one micro-batch of each way per round; processor time on a CPU, so
 that a busy machine changes little.
 
-    python scripts/bench_instant.py [--seq-len 512 2048] [--layers 12] [--rounds 5] [--json]
+    python scripts/bench_instant.py [--seq-len 512 2048] [--layers 18] [--rounds 5] [--out FILE]
+    python scripts/bench_instant.py --seq-len 512 --ways off,checkpoint --budgets-mb 60,70,80
+
+The second form gives compressed blocks a byte budget, shared out by measured sensitivity, and shows
+which mean number of bits keeps how much of the gradient.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +43,8 @@ WAYS = ("off", "checkpoint", "reversible", "auto", "compress")
 class Row:
     """One way at one length. Bytes beyond what was allocated before; seconds per micro-batch.
 
-    reported_bytes: what INSTANT says it keeps. cosine: of the gradient with that of "off".
+    reported_bytes: what INSTANT says it keeps. cosine: of the gradient with that of "off". bits:
+    per number of the compressed tensors, scales included; 0 where none is.
     """
 
     way: str
@@ -47,19 +54,26 @@ class Row:
     reported_bytes: int
     seconds: float
     cosine: float
+    bits: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--d-model", type=int, default=192)
     parser.add_argument("--mamba-ratio", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--ways", default=",".join(WAYS), help="by commas; off and checkpoint too")
+    parser.add_argument("--budgets-mb", default="", help="MiB of compressed blocks, by commas")
+    parser.add_argument("--out", type=Path, help="JSON file of the rows")
     options = parser.parse_args()
+    ways = options.ways.split(",")
+    if not {"off", "checkpoint"} <= set(ways) <= set(WAYS):
+        parser.error(f"--ways: off and checkpoint, and any of {', '.join(WAYS)}")
+    ways += [f"compress {size}" for size in options.budgets_mb.split(",") if size]
     torch.set_num_threads(1)
     rows = []
     for length in options.seq_len:
@@ -68,11 +82,17 @@ def main() -> None:
         )
         model = SigmaLLM(config).to(options.device).train()
         ids = random_tokens(model, options.batch_size, length)
-        rows += compare(model, ids, rounds=options.rounds)
-    if options.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-    else:
-        print_table(rows)
+        rows += compare(model, ids, ways=ways, rounds=options.rounds)
+    print_table(rows)
+    if options.out is not None:
+        about = {
+            "date": date.today().isoformat(),
+            "machine": f"{platform.machine()} {platform.system()}, one thread",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "command": " ".join(["scripts/bench_instant.py", *sys.argv[1:]]),
+        }
+        text = json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1)
+        options.out.write_text(text + "\n", encoding="utf-8")
 
 
 def bench_config(
@@ -101,9 +121,10 @@ def random_tokens(model: SigmaLLM, batch_size: int, length: int) -> Tensor:
 
 
 def choose(model: SigmaLLM, way: str) -> None:
-    """Set the model up for one of WAYS."""
+    """Set the model up for one of WAYS, or for "compress N" with a budget of N MiB."""
     model.gradient_checkpointing = way == "checkpoint"
-    apply_instant(model, InstantSettings(mode="off" if way == "checkpoint" else way))
+    mode, _, budget = ("off" if way == "checkpoint" else way).partition(" ")
+    apply_instant(model, InstantSettings(mode=mode, byte_budget_mb=int(budget or 0)))
 
 
 def micro_batch(model: SigmaLLM, ids: Tensor) -> Tensor:
@@ -111,13 +132,13 @@ def micro_batch(model: SigmaLLM, ids: Tensor) -> Tensor:
     return torch.stack([out.loss, *out.aux.values()]).sum()
 
 
-def compare(model: SigmaLLM, ids: Tensor, *, rounds: int) -> list[Row]:
+def compare(model: SigmaLLM, ids: Tensor, *, ways: Sequence[str], rounds: int) -> list[Row]:
     """Rows of all ways; medians of the rounds."""
-    figures = {way: measure_bytes(model, ids, way) for way in WAYS}
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    gradients = {}
+    figures = {way: measure_bytes(model, ids, way) for way in ways}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    gradients, bits = {}, {}
     for _ in range(rounds):
-        for way in WAYS:
+        for way in ways:
             choose(model, way)
             with model.weights_held():
                 micro_batch(model, ids).backward()  # warm: slots are probed, codes known
@@ -125,6 +146,7 @@ def compare(model: SigmaLLM, ids: Tensor, *, rounds: int) -> list[Row]:
                 start = clock(ids)
                 micro_batch(model, ids).backward()
                 times[way].append(clock(ids) - start)
+            bits[way] = instant_memory(model).finish_step().bits
             gradients[way] = flat_gradient(model)
             model.zero_grad()
     return [
@@ -138,8 +160,9 @@ def compare(model: SigmaLLM, ids: Tensor, *, rounds: int) -> list[Row]:
             cosine=float(
                 torch.nn.functional.cosine_similarity(gradients[way], gradients["off"], dim=0)
             ),
+            bits=bits[way],
         )
-        for way in WAYS
+        for way in ways
     ]
 
 
@@ -198,6 +221,7 @@ def print_table(rows: list[Row]) -> None:
     base = {row.seq_len: row for row in rows if row.way == "checkpoint"}
     print(
         "length  way          saved MiB  of ckpt  peak MiB  of ckpt  seconds  of ckpt  1 - cosine"
+        "  bits"
     )
     for row in rows:
         other = base[row.seq_len]
@@ -206,6 +230,7 @@ def print_table(rows: list[Row]) -> None:
             f"{row.saved_bytes / 2**20:11.2f}{row.saved_bytes / other.saved_bytes:9.2f}"
             f"{row.peak_bytes / 2**20:10.2f}{row.peak_bytes / other.peak_bytes:9.2f}"
             f"{row.seconds:9.3f}{row.seconds / other.seconds:9.2f}{1 - row.cosine:12.1e}"
+            f"{row.bits:6.2f}"
         )
 
 

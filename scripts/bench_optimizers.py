@@ -11,8 +11,8 @@ see the same weights and batches, the same schedule and length. The target is wh
 (default adamw) ends at with the same seed; another optimizer reaches it earlier, or never. Steps
 are interpolated between evaluations. Seconds are of the process (CPU time), since the machine may
 be shared. Finished runs stand in the output file and are not repeated: a stopped bench goes on.
-Where an arm uses credit its probe text is held out of every arm's training text, and what its probes
-cost counts as part of its update.
+Where an arm uses credit its probe text is held out of every arm's training text, and the time of
+its probes counts as part of its update.
 """
 
 from __future__ import annotations
@@ -150,21 +150,22 @@ class Trial:
 
     def _update(self, step: int) -> None:
         """The update, with a probe of it where credit is due, as the feature c3o_credit does."""
-        own = self.config.c3o
-        control, probe, model = self.optimizer.control, self.probe, self.model
-        is_probed = own.credit_enabled and (step - 1) % own.probe_interval == 0
-        if is_probed:
-            control.begin_probe()
+        own, model = self.config.c3o, self.model
+        control, probe = self.optimizer.control, self.probe
+        is_due = own.credit_enabled and (step - 1) % own.probe_interval == 0
+        if not is_due or control is None or probe is None:
+            self.optimizer.step()
+            model.after_optimizer_step()
+            return
+        control.begin_probe()
         self.optimizer.step()
         model.after_optimizer_step()
-        if is_probed and probe is not None:
-            batch = probe.batch(control.num_probes)
-            _, gradients = probe.gradient(model, batch)
-            control.finish_probe(
-                gradients,
-                evaluate=lambda: probe.loss(model, batch),
-                generator=torch.Generator().manual_seed(step),
-            )
+        batch = probe.batch(control.num_probes)
+        control.finish_probe(
+            probe.gradient(model, batch)[1],
+            evaluate=lambda: probe.loss(model, batch),
+            generator=torch.Generator().manual_seed(step),
+        )
 
 
 class Bench:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import mamba
 from model.config import SigmaModelConfig
 from model.mamba import Mamba, _GatedRankNorm, decay_rate
 from model.norm_rope import RMSNorm
@@ -140,8 +141,10 @@ def test_two_blocks_of_one_forward_share_masks_and_stay_right():
     assert torch.equal(y, alone)
 
 
+@pytest.mark.parametrize("slab", [1, 100, 10**6])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_gated_norm_equals_its_formula_with_every_gradient(rank):
+def test_gated_norm_equals_its_formula_with_every_gradient(rank, slab, monkeypatch):
+    monkeypatch.setattr(mamba, "_SLAB", slab)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model.ssd_core as ssd_core
+import model.ssd_slabs as ssd_slabs
 from model.reference_mamba import mamba_scan_reference
-from model.ssd import MambaState, ScanInputs, mamba_scan, mamba_step
+from model.ssd import MambaState, ScanInputs, mamba_scan, mamba_step, running_angles
 
 BATCH, HEADS, WIDTH, SIZE, ANGLES = 2, 3, 5, 8, 2
 STATE_FIELDS = ("h", "prev_b", "prev_x", "angle")
@@ -157,6 +158,16 @@ def test_variants_equal_recurrence_with_resets_padding_and_state(
     reset, valid = draw_mask(63, 0.08, seed=1), draw_mask(63, 0.8, seed=2)
     assert_equals_definition(inputs, reset=reset, **common)
     assert_equals_definition(inputs, reset=reset, valid=valid, state=state, **common)
+
+
+@pytest.mark.parametrize("rank, chunk_len", [(1, 16), (3, 8)])
+@pytest.mark.parametrize("share", [0, 1, 7])
+def test_slabs_of_chunks_and_heads_equal_the_definition(rank, chunk_len, share, monkeypatch):
+    """share: pairs of this many heads fit a slab; 0: of none, 7: of two chunks of three heads."""
+    monkeypatch.setattr(ssd_slabs, "_SLAB", share * (rank * chunk_len) ** 2)
+    inputs, reset = draw_inputs(53, rank=rank), draw_mask(53, 0.1, seed=1)
+    masks = {"reset": reset, "valid": draw_mask(53, 0.8, seed=2), "state": draw_state(inputs)}
+    assert_equals_definition(inputs, chunk_len=chunk_len, tolerance=1e-10, **masks)
 
 
 def test_rows_without_any_valid_step_and_resets_at_the_ends():
@@ -383,8 +394,6 @@ def test_ranks_as_independent_lanes_are_caught():
 
 def test_angles_do_not_lose_precision_on_long_rows():
     """After 20,000 steps of almost pi a fp32 running sum would be off by more than 1e-3."""
-    from model.ssd import running_angles
-
     theta = torch.full((1, 20_000, 1), 3.0)
     exact = torch.tensor(3.0 * 20_000 % (2 * math.pi))
     assert abs(float(running_angles(theta, None, None)[0, -1, 0]) - float(exact)) < 1e-5

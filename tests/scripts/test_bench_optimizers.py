@@ -61,8 +61,7 @@ def test_a_rate_that_diverges_is_none_in_the_record(monkeypatch):
 
 def test_every_arm_and_preset_is_a_valid_configuration():
     named = {ARMS[arm][0].split()[1] for arm in ARMS}
-    # gnprox runs on CUDA only; c3o is a way to apply the others (scripts/ablate.py).
-    assert named == set(OPTIMIZERS) - {"gnprox", "c3o"}
+    assert named == set(OPTIMIZERS) - {"gnprox"}  # which runs on CUDA only
     for preset in PRESETS:
         for arm in ARMS:
             config = bench_optimizers.arm_config(preset, arm, lr=0.01, seed=3, more=[])
@@ -119,6 +118,25 @@ def test_updates_can_be_timed_alone(tmp_path):
     result = json.loads(out.read_text())
     assert set(result["update_cpu_ms"]) == {"torch fused adamw", "adamw", "soap"}
     assert result["runs"] == {}
+
+
+def test_credit_shares_c3os_rate_and_every_arm_lacks_the_probe_text(tmp_path, monkeypatch):
+    for arm in ("adamw", "c3o"):
+        monkeypatch.setitem(ARMS, arm, (ARMS[arm][0], (0.01,)))
+    monkeypatch.setattr(bench_optimizers, "MAX_EXTENSIONS", 0)
+    out = tmp_path / "result.json"
+    arms = "adamw,c3o,c3o-credit,c3o-shuffled"
+    more = f"{TINY} --c3o-probe-interval 2 --c3o-block-size 64 --probe-batches 2"
+    main(["--only", arms, "--seeds", "1", "--rounds", "1", "--flags", more, "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["best_lr"]["c3o-credit"] == result["best_lr"]["c3o"] and len(result["runs"]) == 4
+    finals = {arm: row["final_bpb"]["mean"] for arm, row in result["table"].items()}
+    assert len({finals[arm] for arm in ("c3o", "c3o-credit", "c3o-shuffled")}) == 3
+    options = build_parser().parse_args(["--only", arms, "--flags", more, "--out", str(out)])
+    bench = Bench(options)
+    plain = build_parser().parse_args(["--flags", more, "--out", str(tmp_path / "other.json")])
+    kept, whole = (len(b.corpus.splits["train"].tokens) for b in (bench, Bench(plain)))
+    assert kept < whole
 
 
 def test_another_setting_needs_another_file(tmp_path):

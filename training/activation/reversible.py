@@ -8,9 +8,10 @@ bits(x) - bits(fl(y - f)), a count of units in the last place that nearly always
 list of the numbers where it does not (x far smaller than y). Backward then sees the very inputs of
 the forward, in every dtype, and its gradients are the ones it would have had.
 
-Every branch is recomputed alone, its gradient taken, and freed before the next: the peak is one
-branch, where checkpointing holds a whole block besides all blocks' inputs. Parameters are inputs of
-the autograd node, so `torch.autograd.grad` works as for any other.
+Every branch is an autograd node of its own: it is recomputed alone, its gradient taken, and freed,
+with its weights' gradients, before the next. So the peak is one branch, where checkpointing holds a
+whole block besides all blocks' inputs. Parameters are inputs of the node, so `torch.autograd.grad`
+works as for any other.
 
 Sources: RevNet 1707.04585, Reformer 2001.04451; bits kept for exactness as in Maclaurin et al.
 1502.03492 and BDIA 2407.09093.
@@ -82,7 +83,7 @@ def _bits(values: Tensor) -> Tensor:
 class SegmentRun:
     """One forward through consecutive reversed blocks, shared by their autograd nodes.
 
-    outputs: what the block after the one in backward has found for its inputs.
+    outputs: both streams as the coupling after the one in backward has found its inputs.
     mismatch: relative difference between the first block's inputs and what inversion found for
         them, on a sample of numbers; set by backward.
     """
@@ -131,11 +132,9 @@ class BlockRun:
     segment: SegmentRun
     first: bool
     last: bool
-    aux_names: list[str] = field(default_factory=list)
     rng: list[dict[str, Any] | None] = field(default_factory=list)
     precision: dict[str, Any] = field(default_factory=dict)
     variables: contextvars.Context = field(default_factory=contextvars.copy_context)
-    versions: list[int] = field(default_factory=list)
     meter: SavedMeter | None = None
 
     def couplings(self) -> list[_Coupling]:
@@ -162,87 +161,100 @@ class BlockRun:
 
     def apply(self, streams: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """The block's outputs and auxiliary losses, differentiable."""
-        parameters = [p for coupling in self.couplings() for p in coupling.parameters]
-        self.versions = [p._version for p in parameters]
-        results = _ReversedBlock.apply(self, *streams, *parameters)
-        return results[:2], dict(zip(self.aux_names, results[2:], strict=True))
+        pair, aux = list(streams), {}
+        couplings = self.couplings()
+        for place, coupling in enumerate(couplings):
+            step = CouplingRun(
+                block=self,
+                coupling=coupling,
+                place=place,
+                first=self.first and place == 0,
+                last=self.last and place == len(couplings) - 1,
+            )
+            pair[coupling.target], *losses = _Reversed.apply(step, *pair, *coupling.parameters)
+            aux |= zip(step.aux_names, losses, strict=True)
+        return (pair[0], pair[1]), aux
+
+
+@dataclass(slots=True, kw_only=True)
+class CouplingRun:
+    """One coupling of a reversed block in one forward.
+
+    first, last: of its segment. versions: of its parameters in forward.
+    """
+
+    block: BlockRun
+    coupling: _Coupling
+    place: int
+    first: bool
+    last: bool
+    aux_names: list[str] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
 
 def _trained(*modules: nn.Module) -> list[nn.Parameter]:
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
-class _ReversedBlock(torch.autograd.Function):
-    """Forward of a block without a graph; backward undoes its couplings from last to first."""
+class _Reversed(torch.autograd.Function):
+    """(coupling, stream 0, stream 1, its parameters) -> the changed stream and auxiliary losses.
+
+    Forward builds no graph; backward undoes the coupling.
+    """
 
     @staticmethod
-    def forward(ctx: Any, run: BlockRun, first: Tensor, second: Tensor, *_: Tensor) -> Any:
-        streams, saved, aux = [first, second], [], {}
-        device = first.device
+    def forward(ctx: Any, step: CouplingRun, first: Tensor, second: Tensor, *_: Tensor) -> Any:
+        run, (target, compute, parameters) = step.block, step.coupling
+        segment, streams, device = run.segment, [first, second], first.device
+        step.versions = [p._version for p in parameters]
         run.precision = _autocast_state(device.type)
-        if run.first:
-            run.segment.take_sample((first, second))
-        ctx.dtypes = []
+        if step.first:
+            segment.take_sample((first, second))
         with torch.autocast(**{**run.precision, "cache_enabled": False}):
-            for coupling in run.couplings():
-                before = _rng_state(device)
-                branch, losses = coupling.branch(streams[1 - coupling.target])
-                aux |= losses
-                drew = not _same_rng(before, _rng_state(device))
-                run.rng.append(before if drew else None)
-                x = streams[coupling.target]
-                y = x + branch
-                correction = correct(x, y, branch, max_passes=run.segment.max_passes)
-                run.segment.passes = max(run.segment.passes, correction.passes)
-                saved += correction
-                ctx.dtypes.append(x.dtype)
-                streams[coupling.target] = y
-        if run.last:
-            saved += streams
-        run.segment.stored_bytes += sum(t.nbytes for t in saved if t is not None)
+            before = _rng_state(device)
+            branch, losses = compute(streams[1 - target])
+            drew = not _same_rng(before, _rng_state(device))
+            run.rng.append(before if drew else None)
+            x = streams[target]
+            y = streams[target] = x + branch
+            correction = correct(x, y, branch, max_passes=segment.max_passes)
+        segment.passes = max(segment.passes, correction.passes)
+        saved = [*correction, *(streams if step.last else ())]
+        segment.stored_bytes += sum(t.nbytes for t in saved if t is not None)
         ctx.save_for_backward(*saved)
-        ctx.run = run
-        run.aux_names = list(aux)
-        return (*streams, *aux.values())
+        ctx.step, ctx.dtype = step, x.dtype
+        step.aux_names = list(losses)
+        return (y, *losses.values())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        run: BlockRun = ctx.run
-        couplings = run.couplings()
-        parameters = [p for coupling in couplings for p in coupling.parameters]
-        if [p._version for p in parameters] != run.versions:
+        step: CouplingRun = ctx.step
+        run, (target, compute, parameters) = step.block, step.coupling
+        if [p._version for p in parameters] != step.versions:
             raise RuntimeError(
                 "a weight of a reversed block was changed between forward and backward"
             )
-        saved = list(ctx.saved_tensors)
-        streams = list(saved[-2:] if run.last else _take(run.segment))
-        grad_streams, grad_aux = list(grads[:2]), list(grads[2:])
-        grad_parameters: list[Tensor] = []
-        for place in reversed(range(len(couplings))):
-            coupling, target = couplings[place], couplings[place].target
-            correction = Correction(*saved[3 * place : 3 * place + 3])
-            source = streams[1 - target].detach().requires_grad_()
-            with _as_in_forward(run, place, source.device):
-                branch, losses = run.variables.run(coupling.branch, source)
-            grad = grad_streams[target].to(branch.dtype)
-            found = torch.autograd.grad(
-                [branch, *losses.values()],
-                [source, *coupling.parameters],
-                [grad, *(grad_aux if losses else ())],
-            )
-            streams[target] = invert(
-                streams[target], branch.detach(), correction, dtype=ctx.dtypes[place]
-            )
-            del branch, losses
-            grad_streams[1 - target] = grad_streams[1 - target] + found[0]
-            grad_parameters = [*found[1:], *grad_parameters]
-        run.segment.outputs = None if run.first else (streams[0], streams[1])
-        if run.first:
+        saved = ctx.saved_tensors
+        streams = list(saved[3:] if step.last else _take(run.segment))
+        source = streams[1 - target].detach().requires_grad_()
+        with _as_in_forward(run, step.place, source.device):
+            branch, losses = run.variables.run(compute, source)
+        found = torch.autograd.grad(
+            [branch, *losses.values()],
+            [source, *parameters],
+            [grads[0].to(branch.dtype), *grads[1:]],
+        )
+        streams[target] = invert(
+            streams[target], branch.detach(), Correction(*saved[:3]), dtype=ctx.dtype
+        )
+        run.segment.outputs = None if step.first else (streams[0], streams[1])
+        if step.first:
             run.segment.compare((streams[0], streams[1]))
-        if run.meter is not None:
+        if step.place == 0 and run.meter is not None:
             run.segment.original_bytes += run.meter.num_bytes
-        return (None, *grad_streams, *grad_parameters)
+        pair = (grads[0], found[0]) if target == 0 else (found[0], grads[0])
+        return (None, *pair, *found[1:])
 
 
 def _take(segment: SegmentRun) -> tuple[Tensor, Tensor]:
