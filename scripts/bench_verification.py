@@ -5,8 +5,8 @@ completions twice, strictly alone and through the cascade, and writes `rl_cascad
 lets pools of 32 candidates compete for the same seconds under three ways of verifying and writes
 `rl_shortlist.json`. The completions are solutions sent through a noisy channel
 (`tests/training/rl/completions.py`), or with `--completions FILE` those that
-`scripts/sample_completions.py` drew from a real pretrained model, of which the pools of programs
-compete; these reports are named `_real`.
+`scripts/sample_completions.py` or `scripts/rl_coder.py` drew from a real model, of which the pools
+of programs compete if there are any; these reports are named `_real`.
 """
 
 from __future__ import annotations
@@ -132,11 +132,17 @@ def found_by(
 
 
 def compare_shortlists(
-    pools: list[list[Row]], calibration: list[Row], strict: Verifier, *, draft_s: float
+    pools: list[list[Row]],
+    calibration: list[Row],
+    strict: Verifier,
+    *,
+    draft_s: float,
+    verify_s: float | None = None,
 ) -> dict[str, Any]:
     """Solved tasks per second when all, some at random, or the best-scored some are verified.
 
-    Verifying is real: every candidate's strict run was timed once. Drafting costs `draft_s` seconds
+    Verifying is real: every candidate's strict run was timed once; with `verify_s` each is said to
+    have taken so long. Drafting costs `draft_s` seconds
     for each of the pool's candidates, the same in every arm. Shortlists are drawn 200 times, so
     that only the pools are a matter of luck.
     """
@@ -150,6 +156,7 @@ def compare_shortlists(
         tasks, texts, log_probs = columns(pool)
         judged = strict.judge(tasks, texts, rng=random.Random(6))
         correct, seconds = [one.passed for one in judged], [one.elapsed_s for one in judged]
+        seconds = seconds if verify_s is None else [verify_s] * len(seconds)
         chances = cascade.p_pass(tasks, texts, mean_log_probs=log_probs)
         scores = discriminative_scores(log_probs, chances, weight=WEIGHT)
         equal = [0.0] * len(pool)
@@ -166,7 +173,8 @@ def compare_shortlists(
         "topk": TOPK,
         "weight": WEIGHT,
         "calibrated_on": f"{sum(word.passed for word in words)} of {len(words)} pass",
-        "draft_seconds_per_candidate": round(draft_s, 4),
+        "draft_seconds_per_candidate": round(draft_s, 5),
+        "verify_seconds_per_candidate": "measured" if verify_s is None else verify_s,
         "arms": {name: summary(arm, draft_s=per_pool) for name, arm in arms.items()},
         "score_over_random": ratios(arms["score"], arms["random"], draft_s=per_pool),
         "score_over_all": ratios(arms["score"], arms["all"], draft_s=per_pool),
@@ -218,6 +226,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=600, help="of the labelled set, if simulated")
     parser.add_argument("--pools", type=int, default=24, help="if simulated")
     parser.add_argument("--draft-ms", type=float, default=2.0, help="of one candidate, a model")
+    parser.add_argument("--verify-ms", type=float, help="of one candidate, not as it was measured")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-dir", type=Path, required=True)
@@ -233,7 +242,7 @@ def main() -> int:
         made = {name: value for name, value in source.items() if name != "items"}
         every = sampled_pools(options.completions)
         rows = [row for pool in every for row in pool]
-        both = [pool for pool in every if pool[0][0].code is not None]
+        both = [pool for pool in every if pool[0][0].code is not None] or every
         pools, calibration = both[::2], [row for pool in both[1::2] for row in pool]
         options.draft_ms = 1000 * source["seconds"] / len(rows)
     strict = Verifier(code=True, timeout_ms=LIMIT_MS, num_workers=options.workers)
@@ -242,7 +251,11 @@ def main() -> int:
         reports = {
             "rl_cascade": compare_cascade(rows, strict, audit_share=0.05),
             "rl_shortlist": compare_shortlists(
-                pools, calibration, strict, draft_s=options.draft_ms / 1000
+                pools,
+                calibration,
+                strict,
+                draft_s=options.draft_ms / 1000,
+                verify_s=None if options.verify_ms is None else options.verify_ms / 1000,
             ),
         }
     finally:

@@ -1,8 +1,9 @@
-"""Completions of code tasks by a small model that read solved ones, for the bench of verification.
+"""Completions of a small model that read solved tasks, for the bench of verification.
 
 `python -m scripts.rl_coder OUT.json --work runs/rl_coder` pretrains the model of scripts/rl_text.py
 on lines of solved code tasks, a third of which have one sign wrong, and samples a pool of each
-held-out task; the file is what `scripts/bench_verification.py --completions` reads. Where a
+held-out task; with `--arithmetic` it is the model that scripts/rl_learns.py starts from, and its
+sums and differences. The file is what `scripts/bench_verification.py --completions` reads. Where a
 pretrained model of a hundred million parameters is too slow, this one is a real generator too: what
 it writes, and how sure of it it is, are its own.
 """
@@ -21,13 +22,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.sigma_llm import SigmaLLM
-from scripts.rl_text import byte_tokenizer, new_model, read_text
+from scripts.rl_text import FAMILIES, byte_tokenizer, new_model, pretrained, read_text
+from scripts.rl_text import LEVELS as ARITHMETIC
 from training.rl.candidates import CandidateMaker, CandidateSettings
 from training.rl.tasks import Task, draw_task, split_of
 from training.rl.verifier import Verifier
 from training.tokenizer import Tokenizer
 
 LEVELS = (("expression", 1), ("expression", 2), ("function", 1))
+ARITHMETIC_LEVELS = tuple((family, ARITHMETIC[family]) for family in FAMILIES)
 SLIP_SHARE = 0.35
 SIGNS = "+-*xyz23456789"
 NEW_TOKENS = 40
@@ -85,14 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", type=int, default=10, help="of each family and level")
     parser.add_argument("--pool", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arithmetic", action="store_true", help="sums and differences, not code")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     tokenizer = byte_tokenizer()
-    model = pretrained_coder(tokenizer, seed=options.seed, steps=options.steps, work=options.work)
+    if options.arithmetic:
+        levels = ARITHMETIC_LEVELS
+        model = pretrained(options.seed, tokenizer, directory=options.work, say=print)
+    else:
+        levels, own = LEVELS, {"seed": options.seed, "steps": options.steps}
+        model = pretrained_coder(tokenizer, work=options.work, **own)
     maker = CandidateMaker(model, tokenizer, Verifier(code=False, timeout_ms=2500), SAMPLING)
     generator = torch.Generator().manual_seed(options.seed)
     begun, items = time.process_time(), []
-    for family, level in LEVELS:
+    for family, level in levels:
         # A body of one line ends where a line ends, as an expression does.
         for own, task in held_out(family, level, count=options.tasks, seed=options.seed):
             rollout = maker.draft(
@@ -109,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             items.append({"family": family, "level": level, "task_seed": own, "pool": pool})
     maker.verifier.close()
     report = {
-        "model": f"{sum(p.numel() for p in model.parameters())} parameters, {options.steps} steps",
+        "model": f"{sum(p.numel() for p in model.parameters())} parameters",
         "temperature": SAMPLING.temperature,
         "top_k": SAMPLING.top_k,
         "new_tokens": NEW_TOKENS,
@@ -120,7 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
     print({name: value for name, value in report.items() if name != "items"})
-    print([(item["family"], item["pool"][0]["text"]) for item in items[::3]])
     return 0
 
 

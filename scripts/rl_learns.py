@@ -55,7 +55,6 @@ from training.tokenizer import Tokenizer
 WHAT = "Does reinforcement learning learn? Arms from one small model, and their placebos."
 TICKS, TASKS, LR, KL = 80, 64, 6e-4, 0.02
 VOTED_TICKS, VOTED_LR, VOTED_KL = 60, 3e-4, 0.5  # votes err: shorter steps, on a leash
-MISLED_TICKS = 150
 SAMPLING = CandidateSettings(group_size=8, max_new_tokens=6, temperature=0.8, top_k=40)
 # 32 votes, of which the policy learns from 8.
 VOTING = replace(SAMPLING, label_mode="majority", asym=True, pool_multiplier=4.0, topk=8)
@@ -80,7 +79,6 @@ class Arm:
 
 VOTED = Arm(settings=VOTING, lr=VOTED_LR, kl=VOTED_KL, ticks=VOTED_TICKS)
 DRAWN = replace(VOTED, settings=replace(SAMPLING, placebo="random"))
-MISLED = {"misled": True, "ticks": MISLED_TICKS}
 ARMS = {
     "verifier": Arm(),
     "permuted": Arm(settings=replace(SAMPLING, placebo="permuted")),
@@ -88,9 +86,9 @@ ARMS = {
     "random": Arm(settings=replace(SAMPLING, placebo="random")),
     "majority": VOTED,
     "majority_random": DRAWN,
-    "misled_abstain": replace(VOTED, **MISLED),
-    "misled_forced": replace(VOTED, settings=replace(VOTING, majority_min_share=0.0), **MISLED),
-    "misled_random": replace(DRAWN, **MISLED),
+    "misled_abstain": replace(VOTED, misled=True),
+    "misled_forced": replace(VOTED, settings=replace(VOTING, majority_min_share=0.0), misled=True),
+    "misled_random": replace(DRAWN, misled=True),
 }
 
 
