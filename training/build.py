@@ -19,6 +19,7 @@ from model.opaque import compile_model
 from model.sigma_llm import SigmaLLM
 from training.build_data import build_corpus, build_stream, build_tokenizer
 from training.build_guards import build_guards
+from training.build_replay import build_replay
 from training.build_rl import build_rl
 from training.build_trials import build_trials
 from training.config.cli import load_json, write_resolved
@@ -33,7 +34,7 @@ from training.micro_batch import MicroBatchPlan
 from training.optimizer import OptimizerSet, state_settings
 from training.optimizer import build_optimizer as optimizer_for
 from training.probe import Probe, hold_out, probe_batches
-from training.run_policy import LR, TTRL_BUDGET, TTRL_INTERVAL, Knob, RunPolicy
+from training.run_policy import LR, REPLAY_BIAS, TTRL_BUDGET, TTRL_INTERVAL, Knob, RunPolicy
 from training.run_services import RunServices
 from training.runtime.checkpoint import CheckpointStore
 from training.runtime.clock import PhaseClock
@@ -105,6 +106,8 @@ def build_policy(config: SigmaConfig) -> RunPolicy:
         )
         # The learner holds the budget itself within its bounds.
         knobs[TTRL_BUDGET] = Knob(base=config.ttrl.budget_max, lowest=0.25, highest=4.0)
+        if config.replays():
+            knobs[REPLAY_BIAS] = Knob(lowest=0.5, highest=2.0)
     return RunPolicy(knobs)
 
 
@@ -270,6 +273,7 @@ def build_trainer(
         policy=build_policy(config),
         probe=probe,
         rl=build_rl(config, model, tokenizer, stream=stream, clock=clock, features=feature_set),
+        replay=build_replay(config, tokenizer),
         trials=build_trials(config, probe, say=display.message),
     )
     return SigmaTrainer(

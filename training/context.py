@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from training.probe import Probe
+from training.replay.causal_replay import CausalReplay
 from training.rl_service import RLService
 from training.run_policy import RunPolicy
 from training.stream.batch import Batch
@@ -38,6 +39,7 @@ class StepContext:
     mixture: the draws between the stream's sources; None when it has but one text.
     probe: text of the training split that is never trained on; None when nothing asks for it.
     rl: the learner from rewards; None when there is none.
+    replay: of completions that passed; None without it.
     trials: of overlays over the configuration (training/overlay_trials.py); None without them.
     policy: what controllers change between steps, by factors, and the token of experiments.
     rng: generator of the feature that is being called, derived from the seed and its name.
@@ -50,6 +52,7 @@ class StepContext:
     mixture: Mixture | None = None
     probe: Probe | None = None
     rl: RLService | None = None
+    replay: CausalReplay | None = None
     trials: Any = None
     policy: RunPolicy = field(default_factory=RunPolicy)
     rng: torch.Generator | None = None

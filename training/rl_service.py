@@ -7,12 +7,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from training.rl.passed import Passed
+
 
 class Outcome(Protocol):
-    """Of a tick: columns by name, and effective calls by feature."""
+    """Of a tick: columns by name, effective calls by feature, and the completions that passed."""
 
     metrics: dict[str, float]
     effects: dict[str, int]
+    passed: list[Passed]
 
 
 @dataclass(slots=True, kw_only=True)

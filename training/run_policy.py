@@ -17,6 +17,7 @@ from training.arbitration import ExperimentToken
 LR = "lr"
 TTRL_INTERVAL = "ttrl_interval"
 TTRL_BUDGET = "ttrl_budget"
+REPLAY_BIAS = "replay_bias"  # divides the confidence that replay asks of a completion
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)

@@ -14,6 +14,7 @@ from training.audit import RunAudit
 from training.micro_batch import MicroBatchPlan
 from training.overlay_trials import OverlayTrials
 from training.probe import Probe
+from training.replay.causal_replay import CausalReplay
 from training.rl_service import RLService
 from training.run_policy import RunPolicy
 from training.runtime.checkpoint import CheckpointStore
@@ -36,6 +37,7 @@ class RunServices:
     now; None without memory. on_open: called once the run directory is locked (the resolved
     settings). report: refreshed after saves. forward_model: the model, or its compiled form.
     probe: held-out training text, where a feature decides by it. rl: learner from rewards, if any.
+    replay: of completions that passed, if any.
     trials: of overlays, between steps. policy: what controllers change.
     """
 
@@ -59,4 +61,5 @@ class RunServices:
     policy: RunPolicy
     probe: Probe | None = None
     rl: RLService | None = None
+    replay: CausalReplay | None = None
     trials: OverlayTrials | None = None

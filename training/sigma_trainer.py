@@ -144,7 +144,7 @@ class SigmaTrainer:
         self.clock.synchronize_edges = self._is_log_step(step)
         ctx = StepContext(step=step, total_steps=total, model=self.model, optimizer=self.optimizer)
         ctx.mixture, ctx.probe = self.stream.mixture, self.services.probe
-        ctx.rl = self.services.rl
+        ctx.rl, ctx.replay = self.services.rl, self.services.replay
         ctx.trials = self.services.trials
         ctx.policy = self.services.policy
         ctx.log("lr", optim.lr * factor)
@@ -157,7 +157,7 @@ class SigmaTrainer:
             ctx.outputs = self.services.forward_model(
                 batch.input_ids, reset_mask=batch.reset_mask, labels=batch.labels
             )
-        ctx.losses = {"lm": ctx.outputs.loss, **ctx.outputs.aux}
+        ctx.losses, ctx.weights = {"lm": ctx.outputs.loss, **ctx.outputs.aux}, {}
         share = ctx.outputs.loss.detach().float() / self.plan.num_micro_batches
         ctx.train_loss = share if ctx.train_loss is None else ctx.train_loss + share
 

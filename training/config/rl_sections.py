@@ -51,6 +51,10 @@ class TtrlConfig:
     discriminative_topk: int = flag(
         8, "Candidates verified per task: the uniform group, then the best-scored rest.", minimum=1
     )
+    confidence_replay_min: float = flag(
+        0.20, "Share of a task's votes that replay asks of a completion that passed.",
+        minimum=0.0, maximum=1.0,
+    )  # fmt: skip
     discriminative_weight: float = flag(
         0.35, "Weight of the mean log-prob in the score (rest: learned gate).",
         minimum=0.0, maximum=1.0,

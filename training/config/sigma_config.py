@@ -17,6 +17,7 @@ from training.config.evolution_sections import PromotionConfig, UroborosConfig
 from training.config.fields import ConfigError, iter_flags, section
 from training.config.fractal_sections import FractalConfig
 from training.config.policy_sections import SelfEvolveConfig, SelfImproverConfig
+from training.config.replay_sections import ReplayConfig
 from training.config.rl_sections import (
     GrpoConfig,
     SigmaRLConfig,
@@ -63,6 +64,7 @@ class SigmaConfig:
     sigma_rl: SigmaRLConfig = section(SigmaRLConfig, title="RL objectives")
     grpo: GrpoConfig = section(GrpoConfig, title="GRPO through TRL", prefix="grpo")
     verifier: VerifierConfig = section(VerifierConfig, title="Verifier", prefix="verifier")
+    replay: ReplayConfig = section(ReplayConfig, title="Replay")
     startup: StartupConfig = section(StartupConfig, title="Start-up", prefix="startup")
     self_evolve: SelfEvolveConfig = section(
         SelfEvolveConfig, title="Rule on the learning rate", prefix="self-evolve"
@@ -104,6 +106,7 @@ class SigmaConfig:
         self._validate_optim()
         self._validate_credit()
         self._validate_rl()
+        self._validate_replay()
         self._validate_policy()
         self._validate_instant()
         self._validate_curriculum()
@@ -170,8 +173,27 @@ class SigmaConfig:
             "--self-improver-enabled": self.self_improver.enabled,
             "--self-evolve-interval": self.self_evolve.interval > 0,
             "--uroboros-enabled": self.uroboros.enabled,
+            "--causal-replay-enabled": self.replays(),
         }
         return next((flag for flag, is_on in asking.items() if is_on), None)
+
+    def replays(self) -> bool:
+        """Whether completions that passed are replayed."""
+        return self.replay.causal_replay_enabled and self.replay.replay_capacity > 0
+
+    def _validate_replay(self) -> None:
+        if not self.replays():
+            return
+        if not self.verifier.math_enabled and not self.verifier.code_enabled:
+            raise ConfigError(
+                "--causal-replay-enabled needs tasks: add --verifier-math-enabled or "
+                "--verifier-code-enabled, or give --no-causal-replay-enabled"
+            )
+        if self.ttrl.interval and self.ttrl.label_mode == "majority":
+            raise ConfigError(
+                "--causal-replay-enabled shows right answers, which --ttrl-label-mode majority "
+                "goes without; leave one of them out"
+            )
 
     def _validate_policy(self) -> None:
         own, rule = self.self_improver, self.self_evolve

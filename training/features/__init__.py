@@ -3,6 +3,7 @@
 from training.features.asym_verify import AsymVerifyFeature
 from training.features.base import Feature
 from training.features.c3o_credit import C3oCreditFeature
+from training.features.causal_replay import CausalReplayFeature
 from training.features.curriculum import CurriculumFeature
 from training.features.diff_mla import DiffMlaFeature
 from training.features.ema import EmaFeature
@@ -30,6 +31,7 @@ FEATURES: tuple[type[Feature], ...] = (
     UroborosFeature,
     SelfEvolveFeature,  # changes at boundaries, which the two before make
     CurriculumFeature,
+    CausalReplayFeature,  # into rows as the curriculum leaves them; sees what RL made of the step
     DiffMlaFeature,
     FractalNasFeature,
     EmaFeature,  # averages the weights as the step leaves them

@@ -15,7 +15,7 @@ import torch
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import Feature, Schedule
-from training.run_policy import TTRL_BUDGET, TTRL_INTERVAL
+from training.run_policy import REPLAY_BIAS, TTRL_BUDGET, TTRL_INTERVAL
 from training.startup_ramp import TickClock, ramp_of
 
 LARGEST_SEED = 2**62
@@ -58,6 +58,9 @@ class SigmaRLFeature(Feature):
             )
             known = {k: v for k, v in result.metrics.items() if not math.isnan(v)}
             self.row = {**dict.fromkeys(result.metrics, math.nan), **self.row, **known}
+            if ctx.replay is not None:
+                bias = ctx.policy.multiplier(REPLAY_BIAS)
+                ctx.replay.admit(result.passed, step=ctx.step, bias=bias)
         for name, value in self.row.items():
             ctx.log(name, value)
         activation = self.clock.activation_step

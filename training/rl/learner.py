@@ -23,6 +23,7 @@ from training.rl.auto_mix import AutoMix
 from training.rl.budget import RepeatBudget
 from training.rl.candidates import CandidateMaker, Candidates
 from training.rl.objectives import group_advantages
+from training.rl.passed import Passed, passed_completions
 from training.rl.policy_update import PolicyBatch, PolicyUpdate, UpdateReport
 from training.rl.rollout import Rollout
 from training.rl.tasks import TaskSampler
@@ -51,10 +52,12 @@ class LearnerSettings:
 
 @dataclass(slots=True, kw_only=True)
 class TickResult:
-    """metrics: columns of FLAGS 5. effects: what counts for each feature (MECHANISMS 13)."""
+    """metrics: columns of FLAGS 5. effects: what counts for each feature (MECHANISMS 13). passed:
+    the completions that did."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     effects: dict[str, int] = field(default_factory=dict)
+    passed: list[Passed] = field(default_factory=list)
 
 
 class Learner:
@@ -133,7 +136,10 @@ class Learner:
             reports.append(self.update.step(batches, blend=blend, weight=weight))
             self._stepped = self._stepped or reports[-1].applied
         self.budget.observe(mean_reward)
-        result = TickResult(effects=self._effects(made, reports))
+        result = TickResult(
+            effects=self._effects(made, reports),
+            passed=passed_completions(made, decode=self.maker.tokenizer.decode),
+        )
         result.metrics = tick_metrics(made, reports, majority=self._is_majority)
         result.metrics["sigma_rl_updates"] = float(repeats)
         self._follow(made)

@@ -1,0 +1,1 @@
+"""Replay of completions that passed: which, when, and whether it helps."""
