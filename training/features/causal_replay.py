@@ -1,8 +1,8 @@
 """Feature `causal_replay`: flips the coins of replay and reads the probe after every step.
 
-It starts when the start-up ramp lets it, after a first look at the probe. An injection whose outcome
-is recorded beside controls counts as an effect. Everything random in a coin follows from one number
-of the feature's generator, so that both arms of a fork flip the same coins.
+It starts when the start-up ramp lets it, after a first look at the probe. An injection whose
+outcome is recorded beside controls counts as an effect. Everything random in a coin follows from
+one number of the feature's generator, so that both arms of a fork flip the same coins.
 """
 
 from __future__ import annotations

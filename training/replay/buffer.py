@@ -55,7 +55,7 @@ class ReplayItem:
 
     @property
     def cluster(self) -> str:
-        """Items whose effect is estimated together: family, level, and how often its task passes."""
+        """Items whose effect is estimated together: family, level, how often the task passes."""
         share = self.share
         if share is None:
             correctness = "reference"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from training.replay.buffer import ReplayBuffer, ReplayItem, make_item
@@ -40,7 +40,7 @@ class ReplaySettings:
     propensity: float = 0.5
     alpha: float = 0.20
     beta: float = 0.95
-    weights: PriorityWeights = PriorityWeights()
+    weights: PriorityWeights = field(default_factory=PriorityWeights)
     horizon: int = 6
     decay: float = 0.90
     least_confidence: float = 0.20

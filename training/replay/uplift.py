@@ -6,9 +6,9 @@ Of every coin the propensity p and a baseline m of the outcome are fixed before 
 
 has the mean E[Y | heads] - E[Y | tails] whatever m is: the falling loss of a run, which both sides
 share, is in Y and not in the mean of psi. m takes most of it out of the variance. (Augmented
-inverse propensity weighting, Robins et al. 1994, with one outcome model for both sides.) A cluster's
-estimate is the mean of its psi with weights that decay by beta from one to the next, as what helps
-early need not help late.
+inverse propensity weighting, Robins et al. 1994, with one outcome model for both sides.) What is
+known of a cluster is the mean of its psi with weights that decay by beta from one to the next, as
+what helps early need not help late.
 """
 
 from __future__ import annotations

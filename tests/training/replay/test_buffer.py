@@ -1,4 +1,4 @@
-"""The buffer of completions that passed: no text twice, no other split, never empty, exact state."""
+"""The buffer of completions that passed: no text twice, one split, never empty, exact state."""
 
 import json
 from dataclasses import replace
