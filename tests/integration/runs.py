@@ -23,6 +23,8 @@ TINY = """
 --ema-enabled --ema-start-fraction 0.25 --curriculum-enabled --dropout 0.05
 --no-strict-feature-usage --integrity-hidden-eval-every 0
 """
+# What needs probe text, which only the embedded text has, so not in TINY.
+REPLAY = ("--causal-replay-enabled", "--probe-batches", "4")
 WALL_CLOCK = (
     "_s", "_ms", "tokens_per_s", "time_utc", "cpu_percent", "ram_", "gpu_", "_per_s_ema", "perf_",
     "speed_gain",

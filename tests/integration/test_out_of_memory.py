@@ -12,7 +12,13 @@ import torch
 
 import training.data
 import training.sigma_trainer
-from tests.integration.runs import differences, metrics_rows, newest_checkpoint, tiny_flags
+from tests.integration.runs import (
+    REPLAY,
+    differences,
+    metrics_rows,
+    newest_checkpoint,
+    tiny_flags,
+)
 from training.build import build_trainer
 from training.config.cli import parse_args
 from training.features import FEATURES
@@ -22,7 +28,8 @@ from training.micro_batch import MicroBatchPlan, is_out_of_memory
 FLAGS = (
     "--steps", "9", "--save-interval", "3", "--batch-size", "4", "--grad-accum-steps", "1",
     "--dropout", "0.1", "--router-jitter-noise", "0.05", "--eval-interval", "0",
-    "--ema-start-fraction", "0.3",
+    "--ema-start-fraction", "0.3", *REPLAY, "--replay-inject-every", "1",
+    "--causal-replay-propensity", "0.8",
 )  # fmt: skip
 BEFORE_UPDATE = ("data", "move", "on_batch", "forward", "on_losses", "backward", "before_optim")
 IN_UPDATE = ("clip", "optimizer", "after_optimizer_step", "after_step")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.runs import (
+    REPLAY,
     differences,
     metrics_rows,
     newest_checkpoint,
@@ -16,20 +17,22 @@ from tests.integration.runs import (
 from training.features import FEATURES
 
 STEPS = 64
+EVERY_STEP = (*REPLAY, "--save-interval", "1")
+AT_THE_END = (*REPLAY, "--save-interval", "64")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A 64-step run with every feature on that saved at each of its steps."""
     directory = tmp_path_factory.mktemp("uninterrupted") / "run"
-    train(tiny_flags(directory, "--save-interval", "1"))
+    train(tiny_flags(directory, *EVERY_STEP))
     return directory
 
 
 def test_stopped_and_resumed_at_every_step(uninterrupted, tmp_path):
     """64 lives of one step each, every one ended by a stop request and begun by a resume."""
     directory = tmp_path / "run"
-    args = tiny_flags(directory, "--save-interval", "1")
+    args = tiny_flags(directory, *EVERY_STEP)
     for step in range(1, STEPS + 1):
         train(args, features=(*FEATURES, stop_after(step, directory)))
         assert newest_checkpoint(directory).name == f"checkpoint_step_{step:08d}"
@@ -48,7 +51,7 @@ def test_resumed_once_from_any_step(uninterrupted, tmp_path, step):
     for later in (directory / "checkpoints").glob("checkpoint_step_*"):
         if later.name > f"checkpoint_step_{step:08d}":
             shutil.rmtree(later)
-    train(tiny_flags(directory, "--save-interval", "64"))
+    train(tiny_flags(directory, *AT_THE_END))
     assert differences(uninterrupted, directory) == []
     assert (directory / "metrics.orphan-1.jsonl").exists()
 
@@ -68,19 +71,19 @@ def test_a_state_that_is_not_restored_is_noticed(uninterrupted, tmp_path, monkey
         "features": "training.features.base.FeatureSet.load_state_dict",
     }[broken]
     monkeypatch.setattr(target, lambda *args, **kwargs: None)
-    train(tiny_flags(directory, "--save-interval", "64"))
+    train(tiny_flags(directory, *AT_THE_END))
     assert differences(uninterrupted, directory) != []
 
 
 def test_a_finished_run_resumes_to_itself(uninterrupted, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(uninterrupted, directory)
-    train(tiny_flags(directory, "--save-interval", "1"))
+    train(tiny_flags(directory, *EVERY_STEP))
     assert differences(uninterrupted, directory) == []
 
 
 def test_no_resume_starts_again(uninterrupted, tmp_path):
     directory = Path(tmp_path / "run")
     shutil.copytree(uninterrupted, directory)
-    train(tiny_flags(directory, "--no-resume", "--steps", "2", "--save-interval", "1"))
+    train(tiny_flags(directory, *EVERY_STEP, "--no-resume", "--steps", "2"))
     assert [row["step"] for row in metrics_rows(directory)] == [0, 1, 2]

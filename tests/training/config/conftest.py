@@ -98,6 +98,8 @@ def configs(draw: st.DrawFn) -> SigmaConfig:
     if config.fractal.arch_search:
         config.c3o.credit_enabled = config.precision.torch_compile = False
         config.optim.optimizer = "muon"
+    if config.replays():
+        config.verifier.math_enabled, config.ttrl.label_mode = True, "verifier"
     if config.probe_flag() or config.fractal.arch_search:
         config.stream.data_backend = "embedded"
     if config.ttrl.interval:

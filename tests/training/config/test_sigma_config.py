@@ -60,6 +60,8 @@ DEVIATIONS = {
     ("--sigma-rl-auto-mix-enabled", "exe"): ("off", "single objectives did better"),
     ("--ttrl-asym-verify-enabled", "default"): ("off", "a random shortlist solved more per second"),
     ("--ttrl-asym-verify-enabled", "exe"): ("off", "a random shortlist solved more per second"),
+    ("--causal-replay-enabled", "default"): ("off", "no gain is measured"),
+    ("--causal-replay-enabled", "exe"): ("off", "no probe text in the hybrid stream"),
     ("--uroboros-enabled", "default"): ("off", "no gain is measured yet"),
     ("--uroboros-enabled", "exe"): ("off", "no gain is measured yet"),
     ("--grpo-backend", "type"): ("{internal,trl}", "the default first"),
@@ -86,6 +88,7 @@ ADDED = {
     "--probe-held-out", "--ttrl-tasks", "--sigma-rl-lr", "--sigma-rl-placebo",
     "--verifier-eval-tasks", "--ttrl-task-families", "--verifier-symbolic-engine",
     "--self-evolve-shuffled", "--self-improver-shuffled", "--uroboros-placebo",
+    "--causal-replay-shuffled",
 }  # fmt: skip
 
 
