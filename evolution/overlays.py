@@ -37,6 +37,8 @@ SCHEMA = {
     # Times what `--ttrl-interval` and the budget of updates per tick are without it.
     "ttrl_interval": OverlayField(default=1.0, minimum=0.5, maximum=2.0),
     "ttrl_budget": OverlayField(default=1.0, minimum=0.5, maximum=2.0),
+    # Divides the confidence that replay asks of what it keeps.
+    "replay_bias": OverlayField(default=1.0, minimum=0.5, maximum=2.0),
 }
 
 
@@ -47,6 +49,7 @@ class Overlay:
     lr_factor: float = SCHEMA["lr_factor"].default
     ttrl_interval: float = SCHEMA["ttrl_interval"].default
     ttrl_budget: float = SCHEMA["ttrl_budget"].default
+    replay_bias: float = SCHEMA["replay_bias"].default
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

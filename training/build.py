@@ -242,7 +242,6 @@ def build_trainer(
     tokenizer = build_tokenizer(config)
     corpus, probe = build_probe(config, build_corpus(config, tokenizer), device)
     model = build_model(config, tokenizer, device)
-    output_dir = Path(config.run.output_dir)
     display = RunDisplay()
     recorder = build_recorder(config, display, device)
     guards = build_guards(config, device=device, message=recorder.display.message)
@@ -265,7 +264,7 @@ def build_trainer(
         autocast=build_autocast(config, device),
         evaluate=build_evaluator(config, corpus, device, say=display.message),
         sample=build_sampler(config, tokenizer, device, say=display.message),
-        on_open=lambda: (write_resolved(config, output_dir), guards.open()),
+        on_open=lambda: (write_resolved(config, Path(config.run.output_dir)), guards.open()),
         report=ReportRefresher(write_report, say=display.message),
         forward_model=build_forward(config, model),
         start_facts=start_facts(config, model),

@@ -10,7 +10,7 @@ from research.journal import Journal
 from training.config.sigma_config import SigmaConfig
 from training.overlay_trials import OverlayTrials, TrialSettings
 from training.probe import Probe
-from training.run_policy import TTRL_BUDGET, TTRL_INTERVAL
+from training.run_policy import REPLAY_BIAS, TTRL_BUDGET, TTRL_INTERVAL
 from training.trial_journal import TrialJournal
 
 
@@ -22,6 +22,7 @@ def build_trials(
     if not own.enabled or probe is None:
         return None
     output_dir = Path(config.run.output_dir)
+    of_rl = (TTRL_INTERVAL, TTRL_BUDGET, *((REPLAY_BIAS,) if config.replays() else ()))
     search = SearchSettings(
         alpha=own.significance_alpha,
         min_effect=own.min_effect_size,
@@ -31,7 +32,7 @@ def build_trials(
         window=own.window_size,
         trials=own.bo_trials,
         patches=own.patch_trials,
-        names=("lr_factor", *((TTRL_INTERVAL, TTRL_BUDGET) if config.ttrl.interval else ())),
+        names=("lr_factor", *(of_rl if config.ttrl.interval else ())),
     )
     trials = TrialSettings(
         interval=own.interval,

@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "--c3o-block-size", "512", "--c3o-credit-speed-weight", "0", "--probe-batches", "4",
         "--self-improver-enabled", "--self-improver-interval", "1",
         "--self-evolve-interval", "3", "--self-evolve-history", "4",
-        *RL, "--no-verifier-code-enabled",
+        "--causal-replay-enabled", *RL, "--no-verifier-code-enabled",
     ),
     "trials beside RL with programs": (
         "--optimizer", "muon", "--uroboros-enabled", "--uroboros-interval", "4",

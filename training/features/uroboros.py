@@ -12,7 +12,7 @@ from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import Feature, Schedule
 from training.overlay_trials import FEATURE, OverlayTrials
-from training.run_policy import TTRL_BUDGET, TTRL_INTERVAL
+from training.run_policy import REPLAY_BIAS, TTRL_BUDGET, TTRL_INTERVAL
 
 
 class UroborosFeature(Feature):
@@ -38,7 +38,7 @@ class UroborosFeature(Feature):
 
     def on_batch(self, ctx: StepContext) -> bool:
         overlay, policy = self.trials.overlay_now, ctx.policy
-        for name in policy.present((TTRL_INTERVAL, TTRL_BUDGET)):
+        for name in policy.present((TTRL_INTERVAL, TTRL_BUDGET, REPLAY_BIAS)):
             factor = getattr(overlay, name)
             proposal = policy.propose(name, factor, by=self.name, reason="overlay in force")
             if proposal is not None:

@@ -13,7 +13,7 @@ from training.build import build_policy
 from training.config.cli import parse_args
 from training.config.fields import ConfigError
 from training.features import FEATURES
-from training.run_policy import TTRL_BUDGET, TTRL_INTERVAL
+from training.run_policy import REPLAY_BIAS, TTRL_BUDGET, TTRL_INTERVAL
 
 STEPS = 30
 CONTROLLERS = (
@@ -29,6 +29,7 @@ RUN = (
     "--steps", str(STEPS), "--save-interval", "50", "--eval-interval", "0",
     "--sample-interval", "0", "--no-ema-enabled", "--no-curriculum-enabled",
     "--grad-accum-steps", "1", "--lr", "0.02", *CONTROLLERS,
+    "--causal-replay-enabled",
 )  # fmt: skip
 
 
@@ -72,14 +73,16 @@ def test_quadruples_and_replicates_take_turns_and_never_overlap(whole):
 
 def test_every_controller_turned_what_it_should(whole):
     rows = metrics_rows(whole)[1:]
-    assert rows[-1]["self_improver_knobs"] == 3.0
-    for name in ("policy_lr_mul", "policy_ttrl_interval_mul", "policy_ttrl_budget_bias"):
+    assert rows[-1]["self_improver_knobs"] == 4.0
+    columns = ("lr_mul", "ttrl_interval_mul", "ttrl_budget_bias", "replay_bias")
+    for name in (f"policy_{column}" for column in columns):
         assert len({row[name] for row in rows}) > 4
     gaps = [b - a for a, b in itertools.pairwise(
         row["step"] for row in rows if row["phase_ttrl_s"] > 0.0)]  # fmt: skip
     assert set(gaps) - {3}, "ticks keep the plain interval whatever the policy says"
-    assert {"ttrl_interval", "ttrl_budget"} <= replicates(whole)[0]["overlay"].keys()
-    assert any(row["overlay"]["ttrl_interval"] != 1.0 for row in replicates(whole))
+    assert {"ttrl_interval", "ttrl_budget", "replay_bias"} <= replicates(whole)[0]["overlay"].keys()
+    for name in ("ttrl_interval", "replay_bias"):
+        assert any(row["overlay"][name] != 1.0 for row in replicates(whole))
 
 
 @pytest.mark.parametrize("stops", [(6, 12, 21)], ids=str)
@@ -111,6 +114,9 @@ def test_a_knob_of_rl_exists_only_with_rl():
     assert build_policy(parse_args([])).present((TTRL_INTERVAL, TTRL_BUDGET)) == ()
     policy = build_policy(parse_args(["--ttrl-interval", "8"]))
     assert policy.present((TTRL_INTERVAL, TTRL_BUDGET)) == (TTRL_INTERVAL, TTRL_BUDGET)
+    replays = parse_args(["--ttrl-interval", "8", "--causal-replay-enabled"])
+    assert build_policy(replays).present((REPLAY_BIAS,)) == (REPLAY_BIAS,)
+    assert policy.present((REPLAY_BIAS,)) == ()
     for factor, steps in ((100.0, 16), (0.01, 2)):  # the bounds of the flags
         change = policy.propose(TTRL_INTERVAL, factor, by=str(factor), reason="")
         assert change is not None and policy.apply(change)
