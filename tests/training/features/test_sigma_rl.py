@@ -52,6 +52,7 @@ def make_easy(patch, verifier=OddBytes):
     patch.setattr("training.build_rl.Verifier", verifier)
     patch.setattr("training.rl.cascade.extract_answer", answer_in)
     patch.setattr("training.rl.candidates.extract_answer", answer_in)
+    patch.setattr("training.rl.passed.extract_answer", answer_in)
     patch.setattr("training.rl.cascade.check_lightly", lambda *args, **options: None)
 
 
