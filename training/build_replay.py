@@ -16,7 +16,6 @@ def build_replay(config: SigmaConfig, tokenizer: Tokenizer) -> CausalReplay | No
         return None
     own = config.replay
     settings = ReplaySettings(
-        inject_every=own.replay_inject_every,
         propensity=own.causal_replay_propensity,
         alpha=own.causal_replay_alpha,
         beta=own.causal_replay_ema_beta,

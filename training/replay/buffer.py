@@ -96,8 +96,8 @@ class ReplayBuffer:
         self._items[item.digest] = item
         return True
 
-    def expire(self, step: int) -> int:
-        """Drop what was written more than `max_age` steps before; how many those were."""
+    def expire(self, step: int) -> None:
+        """Drop what was written more than `max_age` steps before."""
         old = [
             item.digest
             for item in self._items.values()
@@ -105,7 +105,6 @@ class ReplayBuffer:
         ]
         for digest in old:
             del self._items[digest]
-        return len(old)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -31,12 +31,11 @@ from training.rl.passed import Passed
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class ReplaySettings:
-    """inject_every: steps between coins. horizon, decay: of the outcome. beta: decay of estimates.
+    """propensity: chance of heads. horizon, decay: of the outcome. beta: decay of estimates.
 
     least_confidence: of what is admitted. is_shuffled: placebo, clusters get each other's uplift.
     """
 
-    inject_every: int = 2
     propensity: float = 0.5
     alpha: float = 0.20
     beta: float = 0.95
