@@ -27,6 +27,7 @@ ALL_OFF = {
     "uroboros": "--no-uroboros-enabled",
     "self_evolve": "--self-evolve-interval 0",
     "curriculum": "--no-curriculum-enabled",
+    "causal_replay": "--no-causal-replay-enabled",
     "diff_mla": "--no-diff-attention-enabled",
     "ema": "--no-ema-enabled",
 }
@@ -51,6 +52,10 @@ DISABLED = {
     "self_evolve": ("training.self_evolve.LearningRateRule.settle", lambda self: 1.0),
     "uroboros": ("training.overlay_trials.OverlayTrials._begin", lambda self, ctx: False),
     "curriculum": ("training.features.curriculum.sequence_divisor", lambda *a, **k: 1),
+    "causal_replay": (
+        "training.replay.causal_replay.CausalReplay.flip",
+        lambda self, *, seed, row_tokens: None,
+    ),
     "diff_mla": (
         "model.mla.MLA._lambda",
         lambda self, x: 0.0 * self.gate_lambda(x).transpose(1, 2).unsqueeze(-1),

@@ -184,10 +184,11 @@ class SigmaConfig:
     def _validate_replay(self) -> None:
         if not self.replays():
             return
-        if not self.verifier.math_enabled and not self.verifier.code_enabled:
+        if not self.task_families():
             raise ConfigError(
                 "--causal-replay-enabled needs tasks: add --verifier-math-enabled or "
-                "--verifier-code-enabled, or give --no-causal-replay-enabled"
+                "--verifier-code-enabled for those of --ttrl-task-families, or give "
+                "--no-causal-replay-enabled"
             )
         if self.ttrl.interval and self.ttrl.label_mode == "majority":
             raise ConfigError(
