@@ -32,9 +32,9 @@ from model.sigma_llm import SigmaLLM
 from scripts.bench_common import cpu_name, load_average
 from scripts.paired import compare
 from scripts.rl_text import (
-    ARITHMETIC_ROWS,
     CORPUS_ROWS,
     FAMILIES,
+    OWN_ROWS,
     FixedLevels,
     arithmetic_lines,
     byte_tokenizer,
@@ -80,7 +80,7 @@ class Rows:
         self._end_id = tokenizer.end_id
         rng = random.Random(seed)
         self._parts = [
-            rows_of(arithmetic_lines(tokenizer, rng), ARITHMETIC_ROWS),
+            rows_of(arithmetic_lines(tokenizer, rng, misled=False), OWN_ROWS),
             rows_of(corpus_lines(tokenizer), CORPUS_ROWS),
         ]
 

@@ -112,6 +112,7 @@ def test_both_arms_of_a_fork_flip_the_same_coins(tmp_path, monkeypatch):
     monkeypatch.setattr(CausalReplay, "flip", flip)
     trainer = build_trainer(parse_args(small_flags(tmp_path / "run", *ON)))
     probe, arms = trainer.services.probe, []
+    assert probe is not None
 
     def between(steps):
         arm = run_arm(
@@ -129,7 +130,7 @@ def test_both_arms_of_a_fork_flip_the_same_coins(tmp_path, monkeypatch):
                 between(8)
             return True
 
-    trainer.services.trials = Forks()
+    monkeypatch.setattr(trainer.services, "trials", Forks())
     trainer.fit()
     own = coins[3:7] if len(arms[0]) == 0 else coins[7:11]
     assert arms[0] == own and {coin.heads for coin in own} == {True, False}

@@ -22,6 +22,13 @@ def replay_of(*, items=REFERENCES, **settings):
     return CausalReplay(ReplaySettings(**settings), buffer)
 
 
+def flips(replay, *, row_tokens, count):
+    """Coins of many seeds, none of which is missing."""
+    coins = [replay.flip(seed=seed, row_tokens=row_tokens) for seed in range(count)]
+    assert None not in coins
+    return [coin for coin in coins if coin is not None]
+
+
 def teach(replay, *, good, bad):
     """Windows after which one cluster is known to help and another to harm."""
     for number in range(60):
@@ -33,8 +40,8 @@ def teach(replay, *, good, bad):
 
 def test_a_coin_is_a_function_of_its_seed_and_falls_as_often_as_it_should():
     replay = replay_of(propensity=0.3)
-    coins = [replay.flip(seed=seed, row_tokens=1000) for seed in range(2000)]
-    assert coins == [replay.flip(seed=seed, row_tokens=1000) for seed in range(2000)]
+    coins = flips(replay, row_tokens=1000, count=2000)
+    assert coins == flips(replay, row_tokens=1000, count=2000)
     assert sum(coin.heads for coin in coins) / 2000 == pytest.approx(0.3, abs=0.04)
     assert len({coin.item.digest for coin in coins}) == len(REFERENCES)
     assert max(coin.weight for coin in coins) == pytest.approx(1.0)
@@ -43,7 +50,7 @@ def test_a_coin_is_a_function_of_its_seed_and_falls_as_often_as_it_should():
 def test_items_that_fill_a_row_are_not_drawn():
     replay = replay_of()
     sizes = sorted({len(item.tokens) for item in REFERENCES})
-    drawn = [replay.flip(seed=seed, row_tokens=sizes[1]) for seed in range(50)]
+    drawn = flips(replay, row_tokens=sizes[1], count=50)
     assert {len(coin.item.tokens) for coin in drawn} == {sizes[0]}
     assert replay.flip(seed=1, row_tokens=sizes[0]) is None
 
@@ -130,7 +137,7 @@ def test_a_tick_hands_over_what_passed_and_nothing_else():
             said = learner.maker.tokenizer.decode(found.completion)
             assert said.startswith(found.text) and len(said) <= len(found.text) + 1
             assert 0.0 < found.share <= 1.0 and 0.0 <= found.confidence <= 1.0
-            assert found.mean_log_prob < 0.0
+            assert found.mean_log_prob is not None and found.mean_log_prob < 0.0
     assert seen > 6
 
 

@@ -60,8 +60,8 @@ def test_the_loss_is_that_of_the_completion_alone_with_all_gradients():
     found = inject(batch_of(), ITEM)
     loss = item_loss(model, model(found.input_ids, reset_mask=found.reset_mask).hidden, ITEM)
     loss.backward()
-    ours = {name: param.grad.clone() for name, param in model.named_parameters()}
-    model.zero_grad()
+    ours = {name: param.grad for name, param in model.named_parameters()}
+    model.zero_grad()  # lets go of the gradients
     logits = model(torch.tensor([ITEM.tokens])).logits[0]
     first = len(ITEM.prompt) - 1
     wanted = F.cross_entropy(logits[first:-1], torch.tensor(ITEM.completion))
