@@ -17,6 +17,7 @@ Sources: BitNet 2310.11453, b1.58 2402.17764; least-squares scale 1605.04711 (te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -266,6 +267,24 @@ def bit_linear(
     return _product(x, ternary_weight(weight, group_size).to(x.dtype))
 
 
+@dataclass(slots=True, kw_only=True)
+class LowRank:
+    """What an adapter adds to one layer: down (r, in), up (out, r) (see model/adapters.py)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def added(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (..., out) and what x (..., in) gives, in y's dtype."""
+        delta = F.linear(F.linear(x, self.down), self.up) * self.scale
+        return y + delta.to(y.dtype)
+
+    def product(self) -> Tensor:
+        """(out, in), what is added to the weight."""
+        return (self.up @ self.down) * self.scale
+
+
 class BitLinear(nn.Module):
     """Linear layer without bias whose forward uses ternary weights and int8 activations.
 
@@ -296,11 +315,16 @@ class BitLinear(nn.Module):
         self.ternary = quant_mode != "none"
         self.quantize_activations = quantize_activations
         self.backend = "torch"
+        self.adapter: LowRank | None = None  # no parameter of this layer
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=init_std, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
+        y = self._multiply(x)
+        return y if self.adapter is None else self.adapter.added(y, x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         if not self.ternary:
             return F.linear(x, self.weight)
         return bit_linear(
@@ -322,11 +346,13 @@ class BitLinear(nn.Module):
             return self(norm(x))
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            return norm_ternary_linear(x, norm.weight, self.weight, eps=norm.eps, dtype=dtype)
+            y = norm_ternary_linear(x, norm.weight, self.weight, eps=norm.eps, dtype=dtype)
+        return y if self.adapter is None else self.adapter.added(y, norm(x))
 
     def effective_weight(self) -> Tensor:
         """The weight (out, in) that the forward pass uses, differentiable in the latent weight."""
-        return ternary_weight(self.weight, self.group_size) if self.ternary else self.weight
+        weight = ternary_weight(self.weight, self.group_size) if self.ternary else self.weight
+        return weight if self.adapter is None else weight + self.adapter.product()
 
     def extra_repr(self) -> str:
         kind = f"ternary, group {self.group_size or 'row'}" if self.ternary else "high precision"
@@ -355,4 +381,8 @@ def fused_linear(x: Tensor, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
         )
     else:
         y = F.linear(x, weight)
-    return y.split([layer.out_features for layer in layers], dim=-1)
+    parts = y.split([layer.out_features for layer in layers], dim=-1)
+    return tuple(
+        part if layer.adapter is None else layer.adapter.added(part, x)
+        for part, layer in zip(parts, layers)
+    )

@@ -1,0 +1,1 @@
+"""Adapters per domain: what they learn from, when they are undone, how they become one."""
