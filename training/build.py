@@ -20,6 +20,7 @@ from model.sigma_llm import SigmaLLM
 from training.build_data import build_corpus, build_stream, build_tokenizer
 from training.build_guards import build_guards
 from training.build_replay import build_replay
+from training.build_hydra import build_hydra
 from training.build_rl import build_rl
 from training.build_trials import build_trials
 from training.config.cli import load_json, write_resolved
@@ -273,6 +274,7 @@ def build_trainer(
         probe=probe,
         rl=build_rl(config, model, tokenizer, stream=stream, clock=clock, features=feature_set),
         replay=build_replay(config, tokenizer),
+        hydra=build_hydra(config, model, tokenizer, corpus=corpus, stream=stream, clock=clock),
         trials=build_trials(config, probe, say=display.message),
     )
     return SigmaTrainer(

@@ -48,18 +48,22 @@ def build_rl(
         from training.build_grpo import with_trl
 
         learner = with_trl(config, learner, model, tokenizer)
-    accumulation = config.data.grad_accum_steps
-
-    def real_batches(step: int) -> int:
-        substitutes = stream.metrics().get("bootstrap_batches_used", 0)
-        return step - int(substitutes) // accumulation
-
     return RLService(
         learner=learner,
-        real_batches=real_batches,
+        real_batches=count_real_batches(config, stream),
         timed=lambda: clock("ttrl"),
         mark=features.mark,
     )
+
+
+def count_real_batches(config: SigmaConfig, stream: BatchStream) -> Callable[[int], int]:
+    """How many of the batches up to a step were of real data."""
+
+    def real_batches(step: int) -> int:
+        substitutes = stream.metrics().get("bootstrap_batches_used", 0)
+        return step - int(substitutes) // config.data.grad_accum_steps
+
+    return real_batches
 
 
 def build_learner(config: SigmaConfig, model: SigmaLLM, tokenizer: Tokenizer) -> Learner:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.hydra_service import HydraService
 from training.probe import Probe
 from training.replay.causal_replay import CausalReplay
 from training.rl_service import RLService
@@ -41,6 +42,7 @@ class StepContext:
     rl: the learner from rewards; None when there is none.
     replay: of completions that passed; None without it.
     trials: of overlays over the configuration (training/overlay_trials.py); None without them.
+    hydra: the adapters per domain; None without them.
     policy: what controllers change between steps, by factors, and the token of experiments.
     rng: generator of the feature that is being called, derived from the seed and its name.
     """
@@ -54,6 +56,7 @@ class StepContext:
     rl: RLService | None = None
     replay: CausalReplay | None = None
     trials: Any = None
+    hydra: HydraService | None = None
     policy: RunPolicy = field(default_factory=RunPolicy)
     rng: torch.Generator | None = None
     micro: int = 0

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from training.audit import RunAudit
+from training.hydra_service import HydraService
 from training.micro_batch import MicroBatchPlan
 from training.overlay_trials import OverlayTrials
 from training.probe import Probe
@@ -37,8 +38,8 @@ class RunServices:
     now; None without memory. on_open: called once the run directory is locked (the resolved
     settings). report: refreshed after saves. forward_model: the model, or its compiled form.
     probe: held-out training text, where a feature decides by it. rl: learner from rewards, if any.
-    replay: of completions that passed, if any.
-    trials: of overlays, between steps. policy: what controllers change.
+    replay: of completions that passed, if any. trials: of overlays, between steps. hydra: adapters per
+    domain. policy: what controllers change.
     """
 
     clock: PhaseClock
@@ -63,3 +64,4 @@ class RunServices:
     rl: RLService | None = None
     replay: CausalReplay | None = None
     trials: OverlayTrials | None = None
+    hydra: HydraService | None = None

@@ -145,7 +145,7 @@ class SigmaTrainer:
         ctx = StepContext(step=step, total_steps=total, model=self.model, optimizer=self.optimizer)
         ctx.mixture, ctx.probe = self.stream.mixture, self.services.probe
         ctx.rl, ctx.replay = self.services.rl, self.services.replay
-        ctx.trials = self.services.trials
+        ctx.trials, ctx.hydra = self.services.trials, self.services.hydra
         ctx.policy = self.services.policy
         ctx.log("lr", optim.lr * factor)
         return ctx

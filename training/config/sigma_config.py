@@ -16,6 +16,7 @@ from training.config.data_sections import AdaptiveConfig, StreamConfig
 from training.config.evolution_sections import PromotionConfig, UroborosConfig
 from training.config.fields import ConfigError, iter_flags, section
 from training.config.fractal_sections import FractalConfig
+from training.config.hydra_sections import HydraConfig, MergeConfig
 from training.config.policy_sections import SelfEvolveConfig, SelfImproverConfig
 from training.config.replay_sections import ReplayConfig
 from training.config.rl_sections import (
@@ -89,6 +90,8 @@ class SigmaConfig:
         UroborosConfig, title="Trials of overlays (Uroboros)", prefix="uroboros"
     )
     promotion: PromotionConfig = section(PromotionConfig, title="Promotion and journal")
+    hydra: HydraConfig = section(HydraConfig, title="Adapters per domain (Hydra)", prefix="hydra")
+    merge: MergeConfig = section(MergeConfig, title="Merge of adapters", prefix="merge")
     generate: GenerateConfig = section(GenerateConfig, title="Evaluating and generating")
 
     def model_config(self, vocab_size: int) -> SigmaModelConfig:
@@ -113,6 +116,7 @@ class SigmaConfig:
         self._validate_adaptive()
         self._validate_perf()
         self._validate_search()
+        self.hydra.domain_names()
         try:
             self.model_config(vocab_size=SigmaModelConfig().vocab_size).validate()
         except ValueError as error:

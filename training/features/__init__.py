@@ -8,6 +8,7 @@ from training.features.curriculum import CurriculumFeature
 from training.features.diff_mla import DiffMlaFeature
 from training.features.ema import EmaFeature
 from training.features.fractal_nas import FractalNasFeature
+from training.features.hydra_v21 import HydraFeature
 from training.features.instant import InstantFeature
 from training.features.reweighting import AdaptiveSourcesFeature
 from training.features.rl_auto_mix import RlAutoMixFeature
@@ -27,6 +28,7 @@ FEATURES: tuple[type[Feature], ...] = (
     VerifierCascadeFeature,
     AsymVerifyFeature,
     RlAutoMixFeature,
+    HydraFeature,
     SelfImproverFeature,
     UroborosFeature,
     SelfEvolveFeature,  # changes at boundaries, which the two before make

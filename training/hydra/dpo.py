@@ -25,7 +25,7 @@ from torch import Tensor
 from model.adapters import Adapter, attached, frozen
 from training.rl.rollout import Rollout, completion_log_probs
 
-PAIRS_AT_ONCE = 8  # in one forward
+PAIRS_AT_ONCE = 32  # in one forward
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)

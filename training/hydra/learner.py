@@ -55,10 +55,10 @@ class HydraSettings:
     gate_tasks: int = 200
     placebo: str = "none"
     fold: bool = False
-    adapter: AdapterSettings = AdapterSettings()
-    dpo: DPOSettings = DPOSettings()
-    gate: GateSettings = GateSettings()
-    merge: MergeSettings = MergeSettings()
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    dpo: DPOSettings = field(default_factory=DPOSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,7 +136,6 @@ class Hydra:
                 "hydra_pair_reward_neg": _mean([pair.reward_rejected for pair in pairs]),
                 "hydra_pair_margin": _mean([pair.margin for pair in pairs]),
                 "hydra_candidate_pass_rate": _mean([float(r == 1.0) for r in made.rewards]),
-                "hydra_step_skipped": float(self.counts["skipped"]),
             },
         )
 

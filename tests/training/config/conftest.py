@@ -50,6 +50,7 @@ FITTING = {
     ),
     "self_evolve.ttrl_interval_min": st.integers(1, 8),
     "self_evolve.ttrl_interval_max": st.integers(8, 10**6),
+    "hydra.domains": st.sampled_from(["math,code,text", "text", "code,math"]),
     "self_improver.sigma_min": st.floats(0.001, 0.02),
     "self_improver.mutation_sigma": st.floats(0.02, 0.3),
     "self_improver.sigma_max": st.floats(0.3, 9.0),

@@ -69,6 +69,7 @@ def test_every_flag_is_taken_from_the_command_line(flag):
             "--gn-damping-min": 5e-5,
             "--sigma-rl-dispo-clip": "0.1,0.4,0.3,0.2",
             "--ttrl-task-families": "symbolic,gym:gcd",
+            "--hydra-domains": "text,math",
         }
         fallback = f"{flag.default}x" if flag.kind == "str" else flag.default
         if flag.kind == "int":

@@ -62,6 +62,7 @@ DEVIATIONS = {
     ("--ttrl-asym-verify-enabled", "exe"): ("off", "a random shortlist solved more per second"),
     ("--causal-replay-enabled", "default"): ("off", "no gain is measured"),
     ("--causal-replay-enabled", "exe"): ("off", "no probe text in the hybrid stream"),
+    ("--hydra-enable", "exe"): ("off", "its gain is measured on a small model only"),
     ("--uroboros-enabled", "default"): ("off", "no gain is measured yet"),
     ("--uroboros-enabled", "exe"): ("off", "no gain is measured yet"),
     ("--grpo-backend", "type"): ("{internal,trl}", "the default first"),
@@ -89,6 +90,7 @@ ADDED = {
     "--verifier-eval-tasks", "--ttrl-task-families", "--verifier-symbolic-engine",
     "--self-evolve-shuffled", "--self-improver-shuffled", "--uroboros-placebo",
     "--causal-replay-shuffled",
+    "--hydra-tasks", "--hydra-placebo",
 }  # fmt: skip
 
 

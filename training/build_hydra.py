@@ -1,0 +1,116 @@
+"""Wiring of the adapters per domain: sources, learner, service (see build.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model.sigma_llm import SigmaLLM
+from training.build_rl import (
+    CODE_FAMILIES,
+    MATH_FAMILIES,
+    build_autocast,
+    count_real_batches,
+)
+from training.config.sigma_config import ConfigError, SigmaConfig
+from training.data import TokenCorpus
+from training.hydra.domain import AdapterSettings
+from training.hydra.dpo import DPOSettings
+from training.hydra.gate import GateSettings
+from training.hydra.learner import Hydra, HydraSettings
+from training.hydra.merge import MergeSettings
+from training.hydra.sources import Source, TaskSource, TextSource
+from training.hydra_service import HydraService
+from training.rl.tasks import TaskSampler
+from training.rl.verifier import Verifier
+from training.runtime.clock import PhaseClock
+from training.stream.batch import BatchStream
+from training.tokenizer import Tokenizer
+
+FAMILIES = {"math": MATH_FAMILIES, "code": CODE_FAMILIES}
+
+
+def build_hydra(
+    config: SigmaConfig,
+    model: SigmaLLM,
+    tokenizer: Tokenizer,
+    *,
+    corpus: TokenCorpus,
+    stream: BatchStream,
+    clock: PhaseClock,
+) -> HydraService | None:
+    """The service of the adapters; None without `--hydra-enable`, and then nothing is built.
+
+    ConfigError for the code domain where no sandbox can be had.
+    """
+    if not config.hydra.enable:
+        return None
+    sources: dict[str, Source] = {}
+    for name in config.hydra.domain_names():
+        if name == "text":
+            sources[name] = text_source(config, tokenizer, corpus)
+        else:
+            sources[name] = task_source(config, name)
+    learner = Hydra(
+        model,
+        tokenizer,
+        sources,
+        hydra_settings(config),
+        seed=config.run.seed,
+        autocast=build_autocast(config, model.embed.weight.device),
+    )
+    return HydraService(
+        learner=learner,
+        real_batches=count_real_batches(config, stream),
+        timed=lambda: clock("hydra"),
+        directory=Path(config.run.output_dir) / "hydra",
+    )
+
+
+def task_source(config: SigmaConfig, domain: str) -> TaskSource:
+    """Generated tasks of a domain with a verifier of their own."""
+    seed, families = config.run.seed, FAMILIES[domain]
+    try:
+        verifier = Verifier(code=domain == "code", timeout_ms=config.verifier.timeout_ms)
+    except RuntimeError as error:
+        left = ",".join(name for name in config.hydra.domain_names() if name != "code")
+        mend = f"--hydra-domains {left}" if left else "--no-hydra-enable"
+        reason = str(error).partition(";")[0]
+        raise ConfigError(f"--hydra-domains code: {reason}; {mend} goes without it") from error
+    return TaskSource(
+        TaskSampler(families, seed=seed), TaskSampler(families, split="val", seed=seed), verifier
+    )
+
+
+def text_source(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) -> TextSource:
+    """Passages of the training text."""
+    split = corpus.splits["train"]
+
+    def read(number: int) -> str:
+        tokens = split.tokens[split.starts[number] : split.starts[number + 1]]
+        return tokenizer.decode(token for token in tokens.tolist() if token != corpus.end_id)
+
+    return TextSource(
+        read, split.num_documents, cap=config.hydra.unverified_cap_text, seed=config.run.seed
+    )
+
+
+def hydra_settings(config: SigmaConfig) -> HydraSettings:
+    own, ttrl, merge = config.hydra, config.ttrl, config.merge
+    return HydraSettings(
+        tasks=own.tasks,
+        candidates=own.n_candidates,
+        max_new_tokens=ttrl.max_new_tokens,
+        temperature=ttrl.temperature,
+        top_k=ttrl.top_k,
+        gate_tasks=own.gate_tasks,
+        placebo=own.placebo,
+        fold=merge.fold_into_backbone,
+        adapter=AdapterSettings(rank=own.lora_rank, alpha=own.lora_alpha, lr=own.lora_lr),
+        dpo=DPOSettings(
+            beta=own.dpo_beta,
+            verbosity=own.sampo_verbosity_weight,
+            max_len=ttrl.max_new_tokens,
+        ),
+        gate=GateSettings(threshold=own.rollback_threshold),
+        merge=MergeSettings(method=merge.method, density=merge.density),
+    )
