@@ -39,7 +39,7 @@ class HydraConfig:
     lora_alpha: float = flag(16.0, "An adapter is scaled by this / rank.", above=0.0)
     lora_lr: float = flag(1e-4, "Step size of the adapters (AdamW).", above=0.0, maximum=1.0)
     placebo: str = flag(
-        "none", "Placebo: deal the rewards of a task out anew.", choices=HYDRA_PLACEBOS
+        "none", "Placebo: deal the two rewards of a pair out anew.", choices=HYDRA_PLACEBOS
     )
 
     def domain_names(self) -> list[str]:

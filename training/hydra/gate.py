@@ -1,11 +1,11 @@
 """Whether an adapter is better or worse than its best version, asked again and again.
 
 Both versions answer the same items. Only items on which they differ say anything; if neither
-version is better, each of those is a fair coin (McNemar 1947, exact). The n-th look at one best
-version is allowed an error of alpha * 6 / (pi n)^2, which adds up to alpha over all looks, however
-much one look depends on the one before: the items are always the same and the adapter changes
-little, so a test that takes looks for independent would be wrong here. A new best version begins a
-new sequence of looks.
+version is better, each of those is a fair coin (McNemar 1947, exact, two-sided). The n-th look at
+one best version is allowed an error of alpha * 6 / (pi n)^2, which adds up to alpha over all looks,
+however much one look depends on the one before: the items are always the same and the adapter
+changes little, so a test that takes looks for independent would be wrong here. A new best version
+begins a new sequence of looks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Decision(Enum):
 @dataclass(slots=True, kw_only=True, frozen=True)
 class GateSettings:
     """threshold: fall of the pass rate below which nothing is undone. alpha: error of all looks at
-    one best version, for promotions and for rollbacks each."""
+    one best version, promotions and rollbacks together."""
 
     threshold: float = 0.01
     alpha: float = 0.05
@@ -35,8 +35,7 @@ class GateSettings:
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class Look:
-    """score: pass rate of the present version. drop: that of the best one minus it. p_value: of the
-    side that the difference is on."""
+    """score: pass rate of the present version. drop: that of the best one minus it."""
 
     decision: Decision
     score: float
@@ -45,9 +44,9 @@ class Look:
 
 
 def exact_p(heads: int, tails: int) -> float:
-    """Chance of at least so many heads among heads + tails throws of a fair coin."""
-    count = heads + tails
-    return sum(math.comb(count, k) for k in range(heads, count + 1)) / 2**count
+    """Chance that heads + tails throws of a fair coin are at least as uneven."""
+    count, more = heads + tails, max(heads, tails)
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(more, count + 1)) / 2**count)
 
 
 class PairedGate:
@@ -81,5 +80,5 @@ def compare(current: Sequence[bool], best: Sequence[bool]) -> Look:
         decision=Decision.KEEP,
         score=sum(current) / len(pairs),
         drop=(lost - gained) / len(pairs),
-        p_value=exact_p(max(gained, lost), min(gained, lost)),
+        p_value=exact_p(gained, lost),
     )

@@ -45,7 +45,7 @@ EXAMINED_ROWS = 64  # prompts in one batch of a gate
 @dataclass(slots=True, kw_only=True, frozen=True)
 class HydraSettings:
     """tasks: per update. candidates: samples of each, plus a greedy one. placebo: "permuted" deals
-    the rewards of a task out anew. fold: put an accepted merge into the model's weights."""
+    the two rewards of a pair out anew. fold: put an accepted merge into the model's weights."""
 
     tasks: int = 1
     candidates: int = 4
@@ -230,7 +230,7 @@ class Hydra:
             generator=torch.Generator().manual_seed(seed),
         )
         before = {name: domain.adapter.digest() for name, domain in self.domains.items()}
-        adapter, shares = self._factorised(merged.products)
+        adapter, shares = self.factorised(merged.products)
         self.merged = adapter.state_dict()
         looks = {name: compare(self.examine(name, adapter), base[name]) for name in self.domains}
         folded = self.settings.fold and self._is_sound(looks) and self._fold(adapter, base)
@@ -253,7 +253,7 @@ class Hydra:
             "folded": folded,
         }
 
-    def _factorised(self, products: Mapping[str, torch.Tensor]) -> tuple[Adapter, dict[str, float]]:
+    def factorised(self, products: Mapping[str, torch.Tensor]) -> tuple[Adapter, dict[str, float]]:
         """The products as an adapter, and the share of each one's squared norm that it holds."""
         adapter = next(iter(self.domains.values())).best_adapter()
         shares = {}

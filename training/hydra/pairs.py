@@ -30,7 +30,7 @@ def make_pairs(made: Candidates, *, rng: random.Random, placebo: str = "none") -
     its worst. None without a margin.
 
     The solution gives a model that never passes something to prefer. With the placebo "permuted"
-    an item's rewards, its solution's among them, are dealt out anew.
+    they are the same pairs, and a coin says which of the two rewards belongs to which.
     """
     pairs = []
     size = len(made.said) // len(made.items)
@@ -38,22 +38,21 @@ def make_pairs(made: Candidates, *, rng: random.Random, placebo: str = "none") -
         part = slice(number * size, (number + 1) * size)
         said = [*made.said[part], made.solutions[number]]
         rewards = [*made.rewards[part], item.solution_reward]
-        if placebo == "permuted":
-            rng.shuffle(rewards)
-        order = range(size)
-        best = max(order, key=lambda place: rewards[place])
-        worst = min(order, key=lambda place: rewards[place])
-        for one, other in ((best, worst), (size, worst)):
-            if rewards[one] < rewards[other]:  # a placebo's solution may be the worse one
-                one, other = other, one
-            if rewards[one] > rewards[other] and said[one] != said[other]:
-                pairs.append(
-                    Pair(
-                        prompt=tuple(made.prompts[number]),
-                        chosen=tuple(said[one]),
-                        rejected=tuple(said[other]),
-                        reward_chosen=rewards[one],
-                        reward_rejected=rewards[other],
-                    )
+        best = max(range(size), key=rewards.__getitem__)
+        worst = min(range(size), key=rewards.__getitem__)
+        for better in (best, size):
+            if rewards[better] <= rewards[worst] or said[better] == said[worst]:
+                continue
+            first, second = said[better], said[worst]
+            if placebo == "permuted" and rng.random() < 0.5:
+                first, second = second, first
+            pairs.append(
+                Pair(
+                    prompt=tuple(made.prompts[number]),
+                    chosen=tuple(first),
+                    rejected=tuple(second),
+                    reward_chosen=rewards[better],
+                    reward_rejected=rewards[worst],
                 )
+            )
     return pairs

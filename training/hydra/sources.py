@@ -12,6 +12,7 @@ Items to learn from and items of the gate are of different prompts and different
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 from collections import Counter
@@ -82,16 +83,16 @@ class TaskSource:
 
     def gate_items(self, count: int) -> list[Item]:
         start = self._val_sampler.state_dict()
-        families, found = self._val_sampler.families, {}
-        for number in range(MAX_DRAWS * count):
-            if len(found) == count:
-                break
-            level = self.GATE_LEVELS[number // len(families) % len(self.GATE_LEVELS)]
-            family = families[number % len(families)]
-            task = self._val_sampler.draw(family=family, level=level)
-            found.setdefault(task.prompt, _task_item(task))
+        families = self._val_sampler.families
+        asked = itertools.cycle([(f, level) for level in self.GATE_LEVELS for f in families])
+
+        def draw() -> Item:
+            family, level = next(asked)
+            return _task_item(self._val_sampler.draw(family=family, level=level))
+
+        found = _distinct(draw, count)
         self._val_sampler.load_state_dict(start)
-        return list(found.values())
+        return found
 
     def rewards(
         self, items: Sequence[Item], texts: Sequence[str], *, rng: random.Random
@@ -117,6 +118,17 @@ class TaskSource:
 
 def _task_item(task: Task) -> Item:
     return Item(prompt=task.prompt, solution=task.solution, solution_reward=1.0, task=task)
+
+
+def _distinct(draw: Callable[[], Item], count: int) -> list[Item]:
+    """`count` items of different prompts, fewer where 1,000 draws in a row bring nothing new."""
+    found: dict[str, Item] = {}
+    repeats = 0
+    while len(found) < count and repeats < MAX_DRAWS:
+        item = draw()
+        repeats = repeats + 1 if item.prompt in found else 0
+        found.setdefault(item.prompt, item)
+    return list(found.values())
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -148,13 +160,8 @@ class TextSource:
         return self._draw(rng, self._train, cloze=rng.random() < CLOZE_SHARE)
 
     def gate_items(self, count: int) -> list[Item]:
-        rng, found = random.Random(f"{self._seed} text gate"), {}
-        for _ in range(MAX_DRAWS * count):
-            if len(found) == count:
-                break
-            item = self._draw(rng, self._val, cloze=True)
-            found.setdefault(item.prompt, item)
-        return list(found.values())
+        rng = random.Random(f"{self._seed} text gate")
+        return _distinct(lambda: self._draw(rng, self._val, cloze=True), count)
 
     def rewards(
         self, items: Sequence[Item], texts: Sequence[str], *, rng: random.Random
