@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from model.sigma_llm import SigmaLLM
-from training.build_rl import (
-    CODE_FAMILIES,
-    MATH_FAMILIES,
-    build_autocast,
-    count_real_batches,
-)
+from training.build_rl import build_autocast, count_real_batches
 from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import TokenCorpus
 from training.hydra.domain import AdapterSettings
@@ -20,13 +15,12 @@ from training.hydra.learner import Hydra, HydraSettings
 from training.hydra.merge import MergeSettings
 from training.hydra.sources import Source, TaskSource, TextSource
 from training.hydra_service import HydraService
+from training.rl.symbolic import SYMPY
 from training.rl.tasks import TaskSampler
 from training.rl.verifier import Verifier
 from training.runtime.clock import PhaseClock
 from training.stream.batch import BatchStream
 from training.tokenizer import Tokenizer
-
-FAMILIES = {"math": MATH_FAMILIES, "code": CODE_FAMILIES}
 
 
 def build_hydra(
@@ -67,10 +61,14 @@ def build_hydra(
 
 
 def task_source(config: SigmaConfig, domain: str) -> TaskSource:
-    """Generated tasks of a domain with a verifier of their own."""
-    seed, families = config.run.seed, FAMILIES[domain]
+    """Those of --ttrl-task-families that are of the domain, with a verifier of their own."""
+    seed, is_code = config.run.seed, domain == "code"
+    families = config.ttrl.families(math=not is_code, code=is_code)
+    if not families:
+        raise ConfigError(f"--hydra-domains {domain}: --ttrl-task-families has no task of it")
+    engine = config.verifier.symbolic_engine if "symbolic" in families else SYMPY
     try:
-        verifier = Verifier(code=domain == "code", timeout_ms=config.verifier.timeout_ms)
+        verifier = Verifier(code=is_code, timeout_ms=config.verifier.timeout_ms, engine=engine)
     except RuntimeError as error:
         left = ",".join(name for name in config.hydra.domain_names() if name != "code")
         mend = f"--hydra-domains {left}" if left else "--no-hydra-enable"

@@ -27,13 +27,18 @@ RL = (
     "--verifier-eval-tasks", "4", "--ttrl-refine-iters", "1", "--ttrl-tasks", "2",
     "--ttrl-asym-verify-enabled", "--sigma-rl-auto-mix-enabled",
 )  # fmt: skip
+HYDRA = (
+    "--hydra-enable", "--hydra-domains", "math,text", "--hydra-update-interval", "2",
+    "--hydra-rollback-interval", "5", "--hydra-steps-per-phase", "8", "--hydra-gate-tasks", "8",
+    "--hydra-lora-lr", "0.01", "--merge-fold-into-backbone",
+)  # fmt: skip
 SETTINGS: dict[str, tuple[str, ...]] = {
     "search, rule, credit and RL": (
         "--optimizer", "c3o", "--c3o-credit-enabled", "--c3o-probe-interval", "3",
         "--c3o-block-size", "512", "--c3o-credit-speed-weight", "0", "--probe-batches", "4",
         "--self-improver-enabled", "--self-improver-interval", "1",
         "--self-evolve-interval", "3", "--self-evolve-history", "4",
-        "--causal-replay-enabled", *RL, "--no-verifier-code-enabled",
+        "--causal-replay-enabled", *RL, "--no-verifier-code-enabled", *HYDRA,
     ),
     "trials beside RL with programs": (
         "--optimizer", "muon", "--uroboros-enabled", "--uroboros-interval", "4",
@@ -58,6 +63,7 @@ def open_full(name: str, directory: Path, sources: Path) -> SigmaTrainer:
     with pytest.MonkeyPatch.context() as patch:
         if "--no-verifier-code-enabled" in SETTINGS[name]:
             patch.setattr("training.build_rl.Verifier", OddBytes)
+            patch.setattr("training.build_hydra.Verifier", OddBytes)
         return build_trainer(parse_args(tiny_flags(directory, *SHORT, *SETTINGS[name], *more)))
 
 

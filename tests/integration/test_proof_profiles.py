@@ -30,6 +30,7 @@ ALL_OFF = {
     "causal_replay": "--no-causal-replay-enabled",
     "diff_mla": "--no-diff-attention-enabled",
     "ema": "--no-ema-enabled",
+    "hydra_v21": "--no-hydra-enable",
 }
 NEEDS = {"verifier": "sigma_rl", "verifier_cascade": "sigma_rl", "asym_verify": "sigma_rl",
          "rl_auto_mix": "sigma_rl"}  # fmt: skip
@@ -61,6 +62,7 @@ DISABLED = {
         lambda self, x: 0.0 * self.gate_lambda(x).transpose(1, 2).unsqueeze(-1),
     ),
     "ema": ("training.ema.WeightAverage.update", lambda self, model: False),
+    "hydra_v21": ("training.hydra.learner.make_pairs", lambda made, rng, placebo: []),
 }
 SMALL = """
 --d-model 32 --n-layers 2 --mamba-ratio 1 --no-engram-enabled --seq-len 32 --probe-batches 2

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from training.rl.tasks import Task, TaskSampler
+from training.rl.tasks import Task, TaskSampler, num_levels
 from training.rl.verifier import Verifier
 
 CONTEXT_CHARS = 160
@@ -84,7 +84,9 @@ class TaskSource:
     def gate_items(self, count: int) -> list[Item]:
         start = self._val_sampler.state_dict()
         families = self._val_sampler.families
-        asked = itertools.cycle([(f, level) for level in self.GATE_LEVELS for f in families])
+        asked = itertools.cycle(
+            [(f, level) for level in self.GATE_LEVELS for f in families if level <= num_levels(f)]
+        )
 
         def draw() -> Item:
             family, level = next(asked)
