@@ -80,7 +80,7 @@ def task_source(config: SigmaConfig, domain: str) -> TaskSource:
 
 
 def text_source(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) -> TextSource:
-    """Passages of the training text."""
+    """Passages of the embedded training text."""
     split = corpus.splits["train"]
 
     def read(number: int) -> str:

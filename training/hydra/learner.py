@@ -124,7 +124,7 @@ class Hydra:
         count = min(REPLAYED_PAIRS * self.settings.tasks, len(domain.pairs))
         pairs = new + rng.sample(domain.pairs, count)
         domain.remember(new)
-        applied, loss = self._step(domain, pairs, seed=rng.getrandbits(62))
+        applied, loss = self.train_on(domain, pairs, seed=rng.getrandbits(62))
         self.counts["skipped"] += not applied
         return Update(
             applied=applied,
@@ -167,7 +167,7 @@ class Hydra:
             solutions=[self.tokenizer.encode(item.solution) for item in items],
         )
 
-    def _step(self, domain: Domain, pairs: Sequence[Pair], *, seed: int) -> tuple[bool, float]:
+    def train_on(self, domain: Domain, pairs: Sequence[Pair], *, seed: int) -> tuple[bool, float]:
         """Whether the adapter changed, and the loss on the pairs (not a number without any)."""
         if not pairs:
             return False, math.nan

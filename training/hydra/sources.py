@@ -6,7 +6,8 @@ right answer, so it is verified. A continuation has none: what it says is compar
 went on, and since no verifier stands behind that number it is capped, so that no amount of overlap
 is worth what a verified answer is. Gates look at cloze items only.
 
-Items to learn from and items of the gate are of different prompts and different documents.
+Items to learn from and items of the gate are of different prompts and different documents. The
+language model may have read either; both versions that a gate compares have it in common.
 """
 
 from __future__ import annotations

@@ -120,7 +120,9 @@ def test_steps_on_the_same_pairs_make_the_chosen_ones_likelier():
         run(hydra, 1)
         pairs = list(domain.pairs)
         trained = [replace(p, chosen=p.rejected, rejected=p.chosen) for p in pairs]
-        losses = [hydra._step(domain, trained if placebo else pairs, seed=n)[1] for n in range(25)]
+        losses = [
+            hydra.train_on(domain, trained if placebo else pairs, seed=n)[1] for n in range(25)
+        ]
         assert losses[-1] < 0.5 < losses[0]
         shares[placebo] = share_preferred(hydra, pairs)
     assert shares[False] > 0.9 and shares[True] < 0.1
