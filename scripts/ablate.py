@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.ablation import CLOCKS, Arm, Outcome, run_side_by_side
+from scripts.bench_common import cpu_name, load_average
 from scripts.paired import Comparison, compare, overall_verdict
 from training.config.cli import parse_args
+from training.runtime.environment import versions
 
 SAME_COST = 0.02  # two arms whose time per step differs by less share their equal-time run
 PLACEBO = "placebo"
@@ -61,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "flags": common,
         "arms": {arm.name: list(arm.flags) for arm in options.arm},
         "clock": options.clock,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"cpu": cpu_name(), "load": load_average()},
+        "versions": versions(),
     }
     with tempfile.TemporaryDirectory() as directory:
         run = partial(

@@ -66,7 +66,9 @@ class Lane:
         self.steps = steps
         self.seconds = 0.0
         self.times: list[dict[str, float]] = []
-        self.trainer: SigmaTrainer = build_trainer(parse_args(flags))
+        config = parse_args(flags)
+        self.trainer: SigmaTrainer = build_trainer(config)
+        self._judges_average = config.generate.weights == "ema"
         self.trainer.features.run("on_setup", replace(self.trainer.begin_step(), step=0))
         self._rng = capture_rng_state()
 
@@ -78,12 +80,15 @@ class Lane:
         """Up to `count` steps more. RuntimeError when one is refused for not being finite."""
         restore_rng_state(self._rng)
         start = clock()
-        for _ in range(min(count, self.steps - self.trainer.step)):
+        trainer, trials = self.trainer, self.trainer.services.trials
+        end = min(self.steps, trainer.step + count)
+        while trainer.step < end:
+            if trials is not None and not trials.between_steps(trainer, lambda: False):
+                continue  # rolled back: the run is at an earlier step now
             begun = clock()
-            if self.trainer.attempt_step() is None:
-                raise RuntimeError(f"step {self.trainer.step + 1} could not be made")
-            phases = phase_columns(self.trainer.clock.seconds)
-            self.times.append({"step": clock() - begun} | phases)
+            if trainer.attempt_step() is None:
+                raise RuntimeError(f"step {trainer.step + 1} could not be made")
+            self.times.append({"step": clock() - begun} | phase_columns(trainer.clock.seconds))
         self.seconds += clock() - start
         self._rng = capture_rng_state()
 
@@ -92,6 +97,10 @@ class Lane:
         self.trainer.stream.close()
 
     def finish(self) -> Outcome:
+        """What the run is worth; with `--weights ema`, what its average is worth."""
+        if self._judges_average:
+            shadow = self.trainer.features.state_dict()["ema"]["state"]["shadow"]
+            self.trainer.model.load_state_dict(shadow, strict=False)
         result = self.trainer.services.evaluate(self.trainer.model)
         self.close()
         if result["eval_bpb"] is None:

@@ -45,6 +45,27 @@ def test_a_run_among_others_is_the_run_alone_to_the_bit(tmp_path):
     assert all(outcome.seconds > 0.0 for outcome in together.values())
 
 
+def test_an_average_is_judged_by_itself_and_trials_run_their_arms(tmp_path):
+    """At a decay of 0 the average is the last weights; without a promotion trials change none."""
+    ema = ("--ema-enabled", "--ema-start-fraction", "0", "--weights", "ema")
+    trials = ("--uroboros-enabled", "--uroboros-interval", "4", "--uroboros-trial-horizon-steps",
+              "4", "--no-forward-research-loop-enabled")  # fmt: skip
+    arms = [
+        Arm(name="plain"),
+        Arm(name="last", flags=(*ema, "--ema-decay", "0")),
+        Arm(name="average", flags=(*ema, "--ema-decay", "0.9")),
+        Arm(name="trials", flags=trials),
+    ]
+    found = run_side_by_side(
+        [*common(tmp_path), "--probe-held-out", "--probe-batches", "2"], arms, seed=3,
+        steps={arm.name: 9 for arm in arms}, directory=tmp_path, clock=time.process_time,
+    )  # fmt: skip
+    assert found["plain"].bpb == found["last"].bpb == found["trials"].bpb
+    assert found["average"].bpb != found["plain"].bpb
+    records = (tmp_path / "trials-3-9" / "uroboros_patch_history.jsonl").read_text("utf-8")
+    assert records.count('"replicate"') == 1
+
+
 def test_a_planted_harm_and_an_equal_arm_get_their_verdicts(tmp_path, capsys):
     output = tmp_path / "results" / "result.json"
     flags = [
