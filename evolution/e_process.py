@@ -5,10 +5,15 @@ wealth by 1 + stake * x. If nothing is gained on average, so is the wealth not, 
 (Ville), and reaching 1/alpha has a probability of at most alpha, however often one looks. A
 fixed-sample test that is peeked at has no such bound (Waudby-Smith and Ramdas 2010.09686; mSPRT
 1512.04922).
+
+Stakes are in units of the noise, told from what successive differences do not share: an effect that
+grows or fades over the trials would count as noise in their spread about one mean (von Neumann
+1941).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -53,7 +58,7 @@ class EProcess:
     def _standardise(self, difference: float) -> float:
         """clip(d / 3s, -1, 1) with the scale of what was seen before; 0 while there is none."""
         weight = 0.0 if self.scale is None else PRIOR_WEIGHT
-        squares = squared_deviations(self.differences) + weight * (self.scale or 0.0) ** 2
+        squares = squared_steps(self.differences) / 2.0 + weight * (self.scale or 0.0) ** 2
         freedom = weight + max(0, self.count - 1)
         scale = math.sqrt(squares / freedom) if freedom else 0.0
         return max(-1.0, min(1.0, difference / (CLIP_SCALES * scale))) if scale else 0.0
@@ -80,6 +85,11 @@ def squared_deviations(values: list[float]) -> float:
     """Sum of squares about the mean."""
     centre = mean(values)
     return math.fsum((value - centre) ** 2 for value in values)
+
+
+def squared_steps(values: list[float]) -> float:
+    """Sum of squares of each value less the one before: twice the noise's share of each."""
+    return math.fsum((after - before) ** 2 for before, after in itertools.pairwise(values))
 
 
 def deviation(values: list[float]) -> float:

@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from model.config import LayerShape, SigmaModelConfig
+from model.config import LAYER_KINDS, LayerShape, SigmaModelConfig
 
 MULTIPLES = (1, 2, 4)
 MAX_SCALES = 3
+MULTIPLE_TEXTS = {f"x{multiple}" for multiple in MULTIPLES}
 WIDENINGS = ("width", "experts", "heads", "rank")
 DEEPEN = "scale"
 KEEP = "none"
@@ -117,6 +118,22 @@ class Genome:
     @classmethod
     def from_list(cls, letters: Sequence[dict[str, Any]]) -> Genome:
         return cls(scales=tuple(Letter(**letter) for letter in letters))
+
+    @classmethod
+    def parse(cls, text: str) -> Genome:
+        """The genome that `str` shows so; ValueError for another text."""
+        letters = []
+        for word in text.split("|"):
+            kind, *rest = word.split() or [""]
+            multiples = dict(zip(rest[::2], rest[1::2]))
+            known = kind in LAYER_KINDS and multiples.keys() <= set(WIDENINGS)
+            if not known or len(rest) % 2 or not set(multiples.values()) <= MULTIPLE_TEXTS:
+                raise ValueError(
+                    f"no genome: {word.strip()!r} in {text!r}; letters look like "
+                    "'mamba width x2 | attention heads x4'"
+                )
+            letters.append(Letter(kind=kind, **{n: int(x[1:]) for n, x in multiples.items()}))
+        return cls(scales=tuple(letters))
 
     def __str__(self) -> str:
         return " | ".join(

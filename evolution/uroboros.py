@@ -27,11 +27,11 @@ from evolution.e_process import (
     interval,
     mean,
     spent_alpha,
-    squared_deviations,
+    squared_steps,
 )
 from evolution.overlays import NEUTRAL, Overlay, Proposal, distance, draw_overlay
 
-MAX_REPLICATES = 32
+MAX_REPLICATES = 48
 FUTILE = 0.05
 OPTIMISM = 1.3  # standard deviations
 BANDWIDTH = 0.15  # of the kernel, in the unit cube
@@ -253,13 +253,13 @@ class Uroboros:
         return expected + OPTIMISM * spread - self._level
 
     def _scale(self) -> float | None:
-        """Spread of differences about their candidate's mean; None below two within one."""
+        """Noise of differences, from those in a row of one candidate; None below two in a row."""
         groups: dict[int, list[float]] = {}
         for row in self._archive:
             groups.setdefault(row["candidate"], []).append(row["difference"])
         freedom = sum(len(values) - 1 for values in groups.values())
-        squares = math.fsum(squared_deviations(values) for values in groups.values())
-        return math.sqrt(squares / freedom) if freedom and squares else None
+        squares = math.fsum(squared_steps(values) for values in groups.values())
+        return math.sqrt(squares / freedom / 2.0) if freedom and squares else None
 
     def _decide(self, found: Candidate) -> tuple[Decision, str]:
         own, process = self.settings, found.process

@@ -122,3 +122,14 @@ def test_the_interval_is_students():
     assert interval([1.0]) is None
     for freedom, point in enumerate(T_POINTS, start=1):
         assert point == pytest.approx(stats.t.ppf(0.975, freedom), abs=6e-4)
+
+
+def test_an_effect_that_fades_does_not_count_as_noise():
+    """Evidence from a gain that falls to nothing, in steady noise, is that of the noise's size."""
+    rng = random.Random(3)
+    fading, steady = EProcess(), EProcess()
+    for n in range(20):
+        noise = rng.gauss(0.0, 0.02)
+        fading.observe(0.4 * 0.8**n + noise)
+        steady.observe(0.08 + noise)
+    assert fading.value > 20.0 and steady.value > 20.0

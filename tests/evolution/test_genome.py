@@ -117,3 +117,13 @@ def test_changes_that_are_not_exact_are_not_offered():
     }
     assert not offered & {("width", 0), ("heads", 1)} and ("experts", 0) in offered
     assert "groups of 12" in why_inexact(Genome(scales=(A,)), Mutation(what="width"), base)
+
+
+def test_a_genome_can_be_read_back_from_what_it_shows():
+    rng = random.Random(0)
+    for _ in range(50):
+        genome = sample_genome(make_base(), rng)
+        assert Genome.parse(str(genome)) == genome
+    for text in ("", "mamba |", "conv", "mamba width", "mamba width x3", "mamba width 2", "x2"):
+        with pytest.raises(ValueError, match="no genome"):
+            Genome.parse(text)

@@ -80,9 +80,9 @@ def test_equal_arms_are_promoted_rarely_over_all_candidates_of_a_run():
     assert promoted(measured("placebo"), settings=BARE, flip=True, candidates=4) <= 0.05
 
 
-def test_a_restored_learning_rate_is_promoted_far_more_often_than_equal_arms():
-    """Arms of four steps, one run, a gain that fades with its length: 0.6, not the 0.8 aimed at."""
-    assert promoted(measured("restored"), settings=SETTINGS) >= 0.5
+def test_a_restored_learning_rate_is_promoted():
+    """Arms of four steps, one run, a gain that fades with its length."""
+    assert promoted(measured("restored"), settings=SETTINGS) >= 0.8
 
 
 @pytest.mark.parametrize("case", ["far above", "far below"])

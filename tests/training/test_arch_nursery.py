@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from evolution.genome import Genome, Letter, Mutation
 from model.sigma_llm import SigmaLLM
@@ -171,3 +172,15 @@ def test_the_command_searches_and_goes_on_where_it_was_stopped(tmp_path, monkeyp
             tmp_path / "parts" / "out" / arch_search.FOLDER / "best" / "model.safetensors"
         ).read_bytes()
     )
+    trains_the_same_network(best)
+
+
+def trains_the_same_network(best):
+    """The args file beside a network found: the ordinary training of one with the same tensors."""
+    config = parse_args([f"@{best / 'args.txt'}", "--steps", "2", "--no-strict-feature-usage"])
+    assert not config.fractal.arch_search
+    network = config.model_config(TOKENIZER.vocab_size)
+    assert network.to_dict() == json.loads((best / "model.json").read_text())
+    found = load_file(best / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in SigmaLLM(network).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in found.items()} == shapes

@@ -18,3 +18,8 @@ class FractalConfig:
         "Search for an architecture instead of training; --steps of a three-block network are its "
         "budget of compute.",
     )
+    genome: str = flag(
+        "",
+        "Network to train, in place of --n-layers and the ratios, as a search writes it down: "
+        "letters from the inside out, such as 'mamba width x2 | attention'.",
+    )

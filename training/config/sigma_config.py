@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 
+from evolution.genome import Genome
 from model.config import SigmaModelConfig
 from training.config.c3o_sections import C3OConfig, ProbeConfig
 from training.config.data_sections import AdaptiveConfig, StreamConfig
@@ -97,7 +98,8 @@ class SigmaConfig:
     def model_config(self, vocab_size: int) -> SigmaModelConfig:
         """Shape of the network for a tokenizer of `vocab_size` tokens."""
         values = {f.name: getattr(self.model, f.name) for f in fields(ModelConfig)}
-        return SigmaModelConfig(vocab_size=vocab_size, **values)
+        base = SigmaModelConfig(vocab_size=vocab_size, **values)
+        return Genome.parse(self.fractal.genome).network(base) if self.fractal.genome else base
 
     def validate(self) -> SigmaConfig:
         """Check every value and every rule between values; ConfigError is one line."""
@@ -344,6 +346,11 @@ class SigmaConfig:
     def _validate_search(self) -> None:
         if not self.fractal.arch_search:
             return
+        if self.fractal.genome:
+            raise ConfigError(
+                "--fractal-arch-search looks for a network and --fractal-genome gives one: leave "
+                "one of them out"
+            )
         if self.stream.data_backend != "embedded":
             raise ConfigError(
                 "--fractal-arch-search needs probe text held out of the training text, which "

@@ -12,13 +12,16 @@ from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import Feature, Schedule
 
+ANY_VOCABULARY = 4096  # blocks do not depend on it
+
 
 class DiffMlaFeature(Feature):
     name = "diff_mla"
 
     @classmethod
     def schedule(cls, config: SigmaConfig) -> Schedule | None:
-        on = config.model.diff_attention_enabled and config.model.attention_ratio > 0
+        kinds = config.model_config(ANY_VOCABULARY).layer_kinds()
+        on = config.model.diff_attention_enabled and "attention" in kinds
         return Schedule() if on else None
 
     def before_optim(self, ctx: StepContext) -> bool | Tensor:

@@ -3,12 +3,13 @@
 `--steps` is the budget: what so many steps of the three-block network with the flags' widths take.
 Everything is saved after every rung, so a stopped search goes on where it was. Writes into
 `<output-dir>/fractal_search`: `report.json`, `metrics.jsonl` (a row per generation) and, under
-`best/`, the network found with its settings.
+`best/`, the network found with its settings, and `args.txt`, which trains such a network anew.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from model.config import SigmaModelConfig
 from training.arch_nursery import TRAINING_FACTOR, ModelNursery, NurserySettings
 from training.build import build_autocast
 from training.build_data import build_corpus, build_tokenizer
-from training.config.cli import write_resolved
+from training.config.cli import to_args, write_resolved
 from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, TokenStream
 from training.optimizer import state_settings
@@ -56,7 +57,7 @@ def run(config: SigmaConfig) -> int:
             while not search.finished and not stop.requested:
                 advance(search, nursery, store, output_dir=output_dir)
         if search.finished:
-            finish(search, nursery, output_dir)
+            finish(search, nursery, config)
             print(_sentences(search, output_dir))
         else:
             save(store, search, nursery)
@@ -223,9 +224,9 @@ def write_report(
     replace_file(ops, folder / "metrics.jsonl", rows.encode())
 
 
-def finish(search: FractalSearch, nursery: ModelNursery, output_dir: Path) -> None:
-    """The report with measured latencies, and the best network."""
-    best = search.best()
+def finish(search: FractalSearch, nursery: ModelNursery, config: SigmaConfig) -> None:
+    """The report with measured latencies, the best network, and flags that train one like it."""
+    output_dir, best = Path(config.run.output_dir), search.best()
     front = pareto_front(search.archive)
     extra = {
         "latency_us": {str(c.number): nursery.latency_us(c.genome) for c in front},
@@ -238,6 +239,20 @@ def finish(search: FractalSearch, nursery: ModelNursery, output_dir: Path) -> No
     weights = b"".join(encode_tensors(copy_to_host(nursery.weights(best.number))))
     replace_file(ops, folder / "model.json", settings.encode())
     replace_file(ops, folder / "model.safetensors", weights)
+    replace_file(ops, folder / "args.txt", training_args(config, str(best.genome)).encode())
+
+
+def training_args(config: SigmaConfig, genome: str) -> str:
+    """An args file: this configuration with the network found, in a run directory of its own."""
+    home = Path(config.run.output_dir) / FOLDER / "best" / "run"
+    return to_args(
+        replace(
+            config,
+            run=replace(config.run, output_dir=str(home), checkpoint_dir=str(home / "checkpoints")),
+            stream=replace(config.stream, hf_token=""),
+            fractal=replace(config.fractal, arch_search=False, genome=genome),
+        )
+    )
 
 
 def _sentences(search: FractalSearch, output_dir: Path) -> str:

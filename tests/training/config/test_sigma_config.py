@@ -88,9 +88,8 @@ ADDED = {
     "--galore-rank", "--galore-refresh", "--c3o-credit-draws", "--c3o-credit-shuffled",
     "--probe-held-out", "--ttrl-tasks", "--sigma-rl-lr", "--sigma-rl-placebo",
     "--verifier-eval-tasks", "--ttrl-task-families", "--verifier-symbolic-engine",
-    "--self-evolve-shuffled", "--self-improver-shuffled", "--uroboros-placebo",
-    "--causal-replay-shuffled",
-    "--hydra-tasks", "--hydra-placebo",
+    "--fractal-genome", "--self-evolve-shuffled", "--self-improver-shuffled", "--uroboros-placebo",
+    "--causal-replay-shuffled", "--hydra-tasks", "--hydra-placebo",
 }  # fmt: skip
 
 
@@ -238,3 +237,16 @@ def test_tiles_of_the_scan_are_the_kernels_alone():
     for size in ("8", "48"):
         with pytest.raises(ConfigError, match=r"--mamba-block-n must be 16, 32, 64, 128 or 0"):
             parse_args(["--kernel-backend=triton", f"--mamba-block-n={size}"])
+
+
+def test_a_genome_stands_in_place_of_the_ratios():
+    config = parse_args(["--fractal-genome", "mamba width x2 | attention", "--n-layers", "9"])
+    network = config.model_config(4096)
+    assert network.layer_kinds() == ["mamba", "mamba", "attention"] and network.n_layers == 3
+    assert network.at_layer(0).d_ff == 2 * network.at_layer(2).d_ff
+    for genome, more, says in (
+        ("mamba x2", (), "no genome"),
+        ("mamba", ("--fractal-arch-search",), "--fractal-genome gives one"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            parse_args(["--fractal-genome", genome, *more])
