@@ -19,8 +19,8 @@ from model.opaque import compile_model
 from model.sigma_llm import SigmaLLM
 from training.build_data import build_corpus, build_stream, build_tokenizer
 from training.build_guards import build_guards
-from training.build_replay import build_replay
 from training.build_hydra import build_hydra
+from training.build_replay import build_replay
 from training.build_rl import build_rl
 from training.build_trials import build_trials
 from training.config.cli import load_json, write_resolved
@@ -230,13 +230,7 @@ def build_trainer(
 ) -> SigmaTrainer:
     """Everything `fit` needs, wired. Raises ValueError or RuntimeError before anything is written
     if the machine or the settings cannot do what is asked."""
-    if config.integrity.strict_runtime_audit:
-        check_symbols()
-    device = resolve_device(config)
-    require_kernel_backend(config, device)
-    configure_threads()
-    keep_freed_memory()
-    seed_everything(config.run.seed)
+    device = prepare_process(config)
     feature_set = FeatureSet(features, config, seed=config.run.seed)
     if config.integrity.strict_feature_usage:
         check_steps(feature_set.first_steps(), steps=config.run.steps)
@@ -286,6 +280,18 @@ def build_trainer(
         services=services,
         device=device,
     )
+
+
+def prepare_process(config: SigmaConfig) -> torch.device:
+    """The device of the run; threads, heap and seeds of this process are set for it."""
+    if config.integrity.strict_runtime_audit:
+        check_symbols()
+    device = resolve_device(config)
+    require_kernel_backend(config, device)
+    configure_threads()
+    keep_freed_memory()
+    seed_everything(config.run.seed)
+    return device
 
 
 def build_watchdog(config: SigmaConfig, display: RunDisplay) -> HangWatchdog:

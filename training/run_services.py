@@ -38,8 +38,8 @@ class RunServices:
     now; None without memory. on_open: called once the run directory is locked (the resolved
     settings). report: refreshed after saves. forward_model: the model, or its compiled form.
     probe: held-out training text, where a feature decides by it. rl: learner from rewards, if any.
-    replay: of completions that passed, if any. trials: of overlays, between steps. hydra: adapters per
-    domain. policy: what controllers change.
+    replay: of completions that passed, if any. trials: of overlays, between steps. hydra: adapters
+    per domain. policy: what controllers change.
     """
 
     clock: PhaseClock
