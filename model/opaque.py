@@ -34,7 +34,8 @@ class _Boundary:
 class _NoGraph:
     """Stands where a function would keep things for backward; there is none without gradients."""
 
-    needs_input_grad = ()
+    def __init__(self, num_inputs: int) -> None:
+        self.needs_input_grad = (False,) * num_inputs
 
     def save_for_backward(self, *tensors: Any) -> None:
         pass
@@ -46,7 +47,7 @@ class _NoGraph:
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.is_grad_enabled():
         return function.apply(*args)
-    return function.forward(_NoGraph(), *args)
+    return function.forward(_NoGraph(len(args)), *args)
 
 
 _BOUNDARY = _Boundary()

@@ -30,6 +30,7 @@ ALL_OFF = {
     "causal_replay": "--no-causal-replay-enabled",
     "diff_mla": "--no-diff-attention-enabled",
     "ema": "--no-ema-enabled",
+    "fractal_nas": "--fractal-interval-steps 0",
     "hydra_v21": "--no-hydra-enable",
 }
 NEEDS = {"verifier": "sigma_rl", "verifier_cascade": "sigma_rl", "asym_verify": "sigma_rl",
