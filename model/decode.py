@@ -42,7 +42,7 @@ class TokenStep:
         self._versions: list[int] = []
         self._blocks: list[_BlockStep] = []
 
-    def settle(self, blocks: nn.ModuleList) -> TokenStep:
+    def settle(self, blocks: Sequence[Any]) -> TokenStep:
         """Itself, made anew if a weight was written to since."""
         versions = [version_of(weight) for weight in self._weights]
         if versions != self._versions:
@@ -74,14 +74,15 @@ def token_step(blocks: nn.ModuleList, x: Tensor, states: Sequence[BlockState]) -
     plain = x.device.type == "cpu" and x.dtype == torch.float32
     if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    first = blocks[0]
+    own: Any = blocks  # a list of Block, which nn.ModuleList cannot say
+    first = own[0]
     if first.training or first.mixer.backend != "torch" or torch.is_autocast_enabled("cpu"):
         return None
     if active_cache() is None or any(state.mixer is None for state in states):
         return None
     # Two of them name the model; `settle` looks at all.
-    weights = (first.mixer_norm.weight, blocks[-1].ffn_norm.weight)
-    return cached("token step", weights, 0, lambda: TokenStep(blocks)).settle(blocks)
+    weights = (first.mixer_norm.weight, own[-1].ffn_norm.weight)
+    return cached("token step", weights, 0, lambda: TokenStep(blocks)).settle(own)
 
 
 class _Product:
@@ -182,7 +183,7 @@ def _mixer_step(mixer: Mamba | MLA) -> Any:
 
 def _is_whole(layer: BitLinear) -> bool:
     """Whether every row has one scale, or none."""
-    return not layer.ternary or not 0 < layer.group_size
+    return not (layer.ternary and layer.group_size)
 
 
 class _ModuleStep:
@@ -232,7 +233,7 @@ class _AttentionStep:
         self, x: Tensor, context: SequenceContext, state: LatentCache, position: int
     ) -> tuple[Tensor, LatentCache]:
         mixer, batch = self.mixer, x.shape[0]
-        if any(layer.adapter is not None for layer in self.layers):
+        if any(getattr(layer, "adapter", None) for layer in self.layers):
             return _ModuleStep(mixer)(x, context, state, position)
         content, latent, rotary = self.project(x).split(self.widths, dim=-1)
         cos, sin = self._angle(position)

@@ -127,7 +127,7 @@ class Mamba(nn.Module):
         self.rank = config.mimo_rank
         self.chunk_len, self.eps = config.mamba_chunk_len, config.norm_eps
         self.backend = "torch"
-        self.blocks = (0, 0)  # tile of the Triton scan: steps, state entries; 0 = by device
+        self.blocks: tuple[int, int] = (0, 0)  # of a tile: steps, state entries; 0 = by device
         self.num_angles = int(self.d_state * config.mamba_rope_fraction) // 2
         self.trapezoid = config.mamba_trapezoid
         heads, rank, width = self.num_heads, self.rank, self.head_dim

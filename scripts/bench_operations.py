@@ -26,7 +26,7 @@ from model.generation import generate
 from model.sigma_llm import SigmaLLM
 from model.weight_cache import TernaryCache
 from scripts.bench_common import BenchOptions, Case, Run, run_bench
-from scripts.bench_models import PlainMuon, quickstart_config, token_model
+from scripts.bench_models import SIZES, PlainMuon, quickstart_config, token_model
 from training.optimizer import OptimizerSet, build_optimizer, projection_names
 
 DECODED = 32
@@ -36,16 +36,16 @@ BYTES_PER_ADAM_PARAMETER = 28  # read weight, gradient, two moments; write three
 
 def cases(options: BenchOptions) -> list[Case]:
     return [
-        decoding_case(options),
+        *(decoding_case(options, size) for size in ("3M, the quickstart", "10M")),
         *(loss_case(options, *shape) for shape in LOSS_SHAPES),
         muon_case(options),
         adam_case(options),
     ]
 
 
-def decoding_case(options: BenchOptions) -> Case:
+def decoding_case(options: BenchOptions, size: str) -> Case:
     def decode(*, held: bool, **changes: object) -> Run:
-        model = token_model(options.device, **changes).eval()
+        model = token_model(options.device, *SIZES[size], **changes).eval()
         prompt = torch.zeros(1, 8, dtype=torch.int64, device=options.device)
         cache = TernaryCache()
 
@@ -57,7 +57,7 @@ def decoding_case(options: BenchOptions) -> Case:
 
     return Case(
         bench="decoding",
-        name="3M, the quickstart, one row",
+        name=f"{size}, one row",
         unit="tokens/s",
         amount=DECODED,
         ways={

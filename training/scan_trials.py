@@ -97,10 +97,9 @@ class ScanTrials:
     def run(self, inputs: ScanInputs, arm: Arm, **changes: Any) -> dict[str, Tensor]:
         """Outputs of the scan with the arm and all gradients of the sum of their squares."""
         chunk, blocks = (arm[0], (0, 0)) if len(arm) == 1 else (self._default[0], arm)
-        given = {
-            field.name: None if value is None else value.detach().requires_grad_()
-            for field in dataclasses.fields(inputs)
-            for value in (getattr(inputs, field.name),)
+        given: dict[str, Any] = {
+            name: None if value is None else value.detach().requires_grad_()
+            for name, value in _named(inputs).items()
         }
         settings = {"backend": self.mixer.backend, "in_bf16": self.in_bf16, "blocks": blocks}
         with torch.enable_grad():
@@ -113,14 +112,9 @@ class ScanTrials:
         """Largest distance from the scan in fp64 at the model's chunk length, over each value's
         largest entry. Products are in fp32 here, whatever training uses."""
         inputs = self.draw()
-        wide = ScanInputs(
-            **{
-                field.name: None if value is None else value.double()
-                for field in dataclasses.fields(inputs)
-                for value in (getattr(inputs, field.name),)
-            }
-        )
-        wanted = self.run(wide, (self._default[0],), backend="torch", in_bf16=False)
+        named = _named(inputs).items()
+        wide: dict[str, Any] = {name: None if v is None else v.double() for name, v in named}
+        wanted = self.run(ScanInputs(**wide), (self._default[0],), backend="torch", in_bf16=False)
         found = self.run(inputs, arm, in_bf16=False)
         return max(
             float((found[name].double() - value).abs().amax() / value.abs().amax().clamp_min(1e-30))
@@ -139,3 +133,7 @@ class ScanTrials:
             synchronize(self._device)
             times.append(self._now() - start)
         return 1e6 * statistics.median(times)
+
+
+def _named(inputs: ScanInputs) -> dict[str, Tensor | None]:
+    return {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}

@@ -24,6 +24,7 @@ ALL_OFF = {
     "asym_verify": "--no-ttrl-asym-verify-enabled",
     "rl_auto_mix": "--no-sigma-rl-auto-mix-enabled",
     "self_improver": "--no-self-improver-enabled",
+    "fractal_nas": "--fractal-interval-steps 0",
     "uroboros": "--no-uroboros-enabled",
     "self_evolve": "--self-evolve-interval 0",
     "curriculum": "--no-curriculum-enabled",
@@ -59,7 +60,7 @@ DISABLED = {
         lambda self, *, seed, row_tokens: None,
     ),
     "diff_mla": (
-        "model.mla.MLA._lambda",
+        "model.mla.MLA.gate",
         lambda self, x: 0.0 * self.gate_lambda(x).transpose(1, 2).unsqueeze(-1),
     ),
     "ema": ("training.ema.WeightAverage.update", lambda self, model: False),
@@ -70,6 +71,11 @@ SMALL = """
 --probe-batch-size 2 --eval-tokens 64 --sample-tokens 1 --integrity-hidden-eval-every 0
 --no-integrity-guards-enabled --save-interval 50 --ttrl-tasks 2
 """.split()
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache" / "triton"))
 
 
 def profile(name):
