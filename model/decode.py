@@ -233,7 +233,7 @@ class _AttentionStep:
         self, x: Tensor, context: SequenceContext, state: LatentCache, position: int
     ) -> tuple[Tensor, LatentCache]:
         mixer, batch = self.mixer, x.shape[0]
-        if any(getattr(layer, "adapter", None) for layer in self.layers):
+        if any(layer.adapter is not None for layer in self.layers):
             return _ModuleStep(mixer)(x, context, state, position)
         content, latent, rotary = self.project(x).split(self.widths, dim=-1)
         cos, sin = self._angle(position)

@@ -24,7 +24,6 @@ ALL_OFF = {
     "asym_verify": "--no-ttrl-asym-verify-enabled",
     "rl_auto_mix": "--no-sigma-rl-auto-mix-enabled",
     "self_improver": "--no-self-improver-enabled",
-    "fractal_nas": "--fractal-interval-steps 0",
     "uroboros": "--no-uroboros-enabled",
     "self_evolve": "--self-evolve-interval 0",
     "curriculum": "--no-curriculum-enabled",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import sigma_llm
+from model.adapters import Adapter, attached
 from model.blocks import Block
 from model.sigma_llm import SigmaLLM
 from model.weight_cache import TernaryCache
@@ -116,6 +117,21 @@ def test_the_balance_of_the_router_is_read_at_every_token(monkeypatch):
         monkeypatch.setattr(sigma_llm, "token_step", lambda *given: None)
         assert torch.equal(after, model(ids[:, 5:6], state=state).logits)
     assert not torch.equal(before, after)
+
+
+def test_what_an_adapter_adds_is_added(monkeypatch):
+    model, ids = make_model(quant_mode="bitnet_1_58"), tokens(1, 8)
+    adapter = Adapter.create(model, rank=2, alpha=4.0, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), TernaryCache().held():
+        for _, factor in adapter.named_parameters():
+            factor.add_(0.3)
+        state = model(ids[:, :5], use_cache=True).state
+        plain = model(ids[:, 5:6], state=state).logits
+        with attached(model, adapter):
+            found = model(ids[:, 5:6], state=state).logits
+            monkeypatch.setattr(sigma_llm, "token_step", lambda *given: None)
+            assert torch.equal(found, model(ids[:, 5:6], state=state).logits)
+    assert not torch.equal(plain, found)
 
 
 def forwards_of_blocks(model: SigmaLLM, monkeypatch, run) -> int:
