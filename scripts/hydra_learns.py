@@ -46,7 +46,7 @@ from training.tokenizer import Tokenizer
 
 WHAT = "Do adapters per domain learn, and what is left after a merge?"
 ARMS = ("verdicts", "permuted")
-UPDATES, GATE_EVERY, EXAM_ITEMS, EXAM_SAMPLES = 120, 40, 80, 8
+UPDATES, GATE_EVERY, EXAM_ITEMS, EXAM_SAMPLES = 80, 40, 80, 8
 SETTINGS = HydraSettings(
     tasks=64,
     max_new_tokens=10,
@@ -151,15 +151,14 @@ def merged_scores(hydra: Hydra, items: dict[str, list[Item]]) -> dict[str, Any]:
         merged = merge_products(
             products, list(weights.values()), settings, generator=torch.Generator().manual_seed(5)
         )
-        adapter, shares = hydra.factorised(merged.products)
+        adapter, kept = hydra.factorised(merged.products)
         found[name] = examine(hydra, adapter, items)
         found[f"{name}_conflicts"] = round(merged.conflicts, 4)
-        found[f"{name}_norm_kept"] = round(min(shares.values()), 4)
-    total = sum(weights.values())
+        found[f"{name}_norm_kept"] = round(min(kept.values()), 4)
+    shares = torch.tensor(list(weights.values()), dtype=torch.float64).view(-1, 1, 1)
     mean = {
-        layer: sum(
-            weight / total * own[layer].double() for weight, own in zip(weights.values(), products)
-        )
+        layer: (shares * torch.stack([own[layer].double() for own in products])).sum(0)
+        / shares.sum()
         for layer in products[0]
     }
     found["mean"] = examine(hydra, hydra.factorised(mean)[0], items)
