@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from tests.training.rl.boxes import open_or_skip
 from tests.training.rl.small_learner import OddBytes
 from training.hydra.sources import (
     Passage,
@@ -105,6 +106,16 @@ def test_solutions_earn_what_they_are_said_to():
 
 def test_gates_of_text_ask_for_words_only():
     assert all(item.solution_reward == 1.0 for item in gate_of_text())
+
+
+def test_programs_are_judged_in_the_sandbox():
+    open_or_skip().close()
+    families = ("expression", "function")
+    source = task_source(families, Verifier(code=True, timeout_ms=60_000))
+    items = [source.draw() for _ in range(3)]
+    assert source.rewards(items, [item.solution for item in items], rng=RNG) == [1.0] * 3
+    assert source.rewards(items, ["0"] * 3, rng=RNG) == [0.0] * 3
+    source.close()
 
 
 def test_levels_follow_the_verdicts_on_what_was_drawn():
