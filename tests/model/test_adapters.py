@@ -41,6 +41,11 @@ def logits_of(model, ids=None) -> torch.Tensor:
     return model(tokens() if ids is None else ids).logits
 
 
+def said_by(model, adapter) -> torch.Tensor:
+    with attached(model, adapter):
+        return generate(model, tokens(), max_new_tokens=12, temperature=0.0)
+
+
 def digest_of(model) -> str:
     found = hashlib.sha256()
     for name, value in model.state_dict().items():
@@ -109,6 +114,8 @@ def test_held_codes_stay_those_of_the_base():
             assert torch.equal(logits_of(model), adapted)
         assert cache.hits > hits and cache.invalidations == 0
         assert torch.equal(logits_of(model), plain)
+        said = [said_by(model, None), said_by(model, adapter), said_by(model, None)]
+        assert torch.equal(said[0], said[2]) and not torch.equal(said[0], said[1])
         fold(model, adapter.products())
         assert not torch.equal(logits_of(model), plain)
         assert cache.invalidations > 0
