@@ -226,7 +226,7 @@ class _AttentionStep:
         self.latent_norm = _Norm(mixer.latent_norm)
         self.sub_norm = None if mixer.sub_norm is None else _Norm(mixer.sub_norm)
         self.out_proj = _Product.of_layers(mixer.out_proj)
-        self.up = mixer.absorbed_weights(torch.float32)
+        self.up: tuple[Tensor, Tensor] | None = None
         self.table = rope_table(torch.arange(0), mixer.d_rope, theta=mixer.rope_theta)
 
     def __call__(
@@ -235,6 +235,8 @@ class _AttentionStep:
         mixer, batch = self.mixer, x.shape[0]
         if any(layer.adapter is not None for layer in self.layers):
             return _ModuleStep(mixer)(x, context, state, position)
+        if self.up is None:  # not before: they would hold what an adapter adds
+            self.up = mixer.absorbed_weights(torch.float32)
         content, latent, rotary = self.project(x).split(self.widths, dim=-1)
         cos, sin = self._angle(position)
         rotary = rotate(rotary.view(batch, 1, -1, mixer.d_rope), cos, sin)
