@@ -1,3 +1,35 @@
 """Mutants that change nothing a test could notice, each with the reason; read by mutants.py."""
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+_BOUND = "a bound against misuse, far above what is in use: one more, or twice it, is as good"
+VERDICT, LOCKS, MANIFEST, RESTORE = (
+    "training.rl.verdict",
+    "training.runtime.locks",
+    "training.runtime.manifest",
+    "training.runtime.restore",
+)
+_CONSTANT = "if task.num_cases == 1 or not all(values_equal(expected[0], one) for one in expected):"
+_LIMIT = "MANIFEST_LIMIT_BYTES = 4 * 2**20"
+
+# (module, line, change): reason
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (VERDICT, "DRAWS = 16", "16 plus 1"): _BOUND,
+    (
+        VERDICT,
+        "LENGTH_FACTOR = 4  # the encodings of two floats that are nearly equal differ by a factor "
+        "of 3",
+        "4 plus 1",
+    ): _BOUND,
+    (VERDICT, "SHORT_LINE_BYTES = 256", "256 plus 1"): _BOUND,
+    (
+        VERDICT,
+        "if len(line) > LENGTH_FACTOR * len(json.dumps(encode(expected))) + SHORT_LINE_BYTES:",
+        "Gt -> GtE",
+    ): _BOUND,
+    (VERDICT, _CONSTANT, "0 plus 1"): "all are equal to the first if all are to the second",
+    (LOCKS, "OWNER_LIMIT_BYTES = 2**16", "2 plus 1"): _BOUND,
+    (LOCKS, "OWNER_LIMIT_BYTES = 2**16", "16 plus 1"): _BOUND,
+    (MANIFEST, _LIMIT, "4 plus 1"): _BOUND,
+    (MANIFEST, _LIMIT, "2 plus 1"): _BOUND,
+    (MANIFEST, _LIMIT, "20 plus 1"): _BOUND,
+    (RESTORE, "SCANS = 5", "5 plus 1"): _BOUND,
+}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from training.rl.sandbox_child import decode, encode
 from training.rl.sandbox_job import ENDED, OVERSIZE, PROGRAM_LIMIT_CHARS, TIMEOUT, Reply
-from training.rl.verdict import CodeTask, decide, draw_exam, judge, values_equal
+from training.rl.verdict import CodeTask, decide, draw_exam, judge, judge_many, values_equal
 
 SCALARS = st.one_of(
     st.none(),
@@ -102,6 +102,36 @@ def test_a_program_that_needs_no_run_never_passes(program):
     sandbox = NothingToRun()
     verdict = judge(program, task=TASK, sandbox=sandbox, rng=random.Random(0), limit_s=1.0)
     assert not verdict.passed and verdict.num_right == 0 and verdict.num_cases == TASK.num_cases
+
+
+class Obedient:
+    """Runs nothing: answers each job with what its program, an expression of x, gives."""
+
+    def run_many(self, jobs, *, limit_s):
+        return [
+            reply_of(
+                [
+                    json.dumps({"value": encode(eval(job.program.strip(), {"x": x}))}).encode()
+                    for (x,) in job.cases
+                ]
+            )
+            for job in jobs
+        ]
+
+
+def test_each_program_is_judged_by_its_own_task_and_in_order():
+    double = CodeTask(function="g", reference=lambda x: 2 * x, draw=TASK.draw)
+    padded = "x + 1".ljust(PROGRAM_LIMIT_CHARS)  # as long as a program may be
+    entries = [(TASK, padded), (double, "x + 1"), (TASK, ""), (double, "x * 2"), (TASK, "x * 2")]
+    found = judge_many(entries, sandbox=Obedient(), rng=random.Random(0), limit_s=1.0)
+    assert [one.passed for one in found] == [True, False, False, True, False]
+    assert [one.num_cases for one in found] == [4, 8, 4, 8, 4]
+
+
+def test_a_long_right_answer_is_right():
+    task = CodeTask(function="f", reference=lambda x: [x] * 2000, draw=TASK.draw)
+    verdict = judge("[x] * 2000", task=task, sandbox=Obedient(), rng=random.Random(0), limit_s=1.0)
+    assert verdict.passed and verdict.num_right == 8
 
 
 def test_what_is_not_a_number_equals_itself_only():
