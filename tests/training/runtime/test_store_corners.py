@@ -90,6 +90,11 @@ def test_the_size_of_a_checkpoint_is_that_of_its_files(ram_path: Path) -> None:
     assert listed.num_bytes == sum(p.stat().st_size for p in files) > 0
 
 
+def test_the_first_save_of_a_step_has_the_plain_name() -> None:
+    assert manifest.directory_name(1) == NAME
+    assert manifest.directory_name(1, 2) == f"{NAME}.2"
+
+
 def test_a_folder_without_a_manifest_was_never_finished(ram_path: Path) -> None:
     (ram_path / NAME).mkdir()
     found = inspect_checkpoint(QuietOps(), ram_path / NAME, fingerprint=FINGERPRINT)
