@@ -1,7 +1,8 @@
-"""Small runs that together hold every feature there is, each long enough to act.
+"""Small runs that together hold every feature but one, each long enough to act.
 
-One run cannot hold them all: the adaptive mixture needs several sources, probes the embedded text,
-and trials of the learning rate exclude each other.
+One run cannot hold them all: the adaptive mixture needs several sources, probes the embedded text.
+Left out is fractal_nas: a run begins with the tile that earlier ones found the fastest, so one that
+is killed before its first save may begin with another and end with other bits.
 """
 
 import json
@@ -32,6 +33,7 @@ HYDRA = (
     "--hydra-rollback-interval", "5", "--hydra-steps-per-phase", "8", "--hydra-gate-tasks", "8",
     "--hydra-lora-lr", "0.01", "--merge-fold-into-backbone",
 )  # fmt: skip
+LEFT_OUT = {"fractal_nas"}
 SETTINGS: dict[str, tuple[str, ...]] = {
     "search, rule, credit and RL": (
         "--optimizer", "c3o", "--c3o-credit-enabled", "--c3o-probe-interval", "3",

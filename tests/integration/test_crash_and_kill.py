@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.integration.full_runs import SETTINGS, open_full, write_sources
+from tests.integration.full_runs import LEFT_OUT, SETTINGS, open_full, write_sources
 from tests.integration.lives import begin_life, live_under_fire, reap, tiny_trainer
 from tests.integration.runs import differences, newest_checkpoint, tiny_flags, train
 from training.build import build_trainer
@@ -34,7 +34,7 @@ def test_fifty_kills_leave_no_trace(unharmed, tmp_path):
         assert differences(unharmed, directory) == []
 
 
-def test_the_full_runs_hold_every_feature(tmp_path):
+def test_the_full_runs_hold_every_feature_but_one(tmp_path):
     """Those that `scripts/soak.py R2` kills a thousand times."""
     sources = write_sources(tmp_path)
     runs = [open_full(name, tmp_path / name, sources) for name in SETTINGS]
@@ -44,7 +44,7 @@ def test_the_full_runs_hold_every_feature(tmp_path):
         for feature in FEATURES
         if feature.schedule(trainer.config) is not None
     }
-    assert held == {feature.name for feature in FEATURES}
+    assert held == {feature.name for feature in FEATURES} - LEFT_OUT
 
 
 @pytest.mark.parametrize("broken", ["training.sigma_trainer.restore_rng_state",
