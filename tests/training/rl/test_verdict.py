@@ -105,18 +105,16 @@ def test_a_program_that_needs_no_run_never_passes(program):
 
 
 class Obedient:
-    """Runs nothing: answers each job with what its program, an expression of x, gives."""
+    """Runs nothing: it knows what the programs below give."""
+
+    known = {"x + 1": lambda x: x + 1, "x * 2": lambda x: x * 2, "[x] * 2000": lambda x: [x] * 2000}
 
     def run_many(self, jobs, *, limit_s):
-        return [
-            reply_of(
-                [
-                    json.dumps({"value": encode(eval(job.program.strip(), {"x": x}))}).encode()
-                    for (x,) in job.cases
-                ]
-            )
-            for job in jobs
-        ]
+        return [reply_of(self.answers(job)) for job in jobs]
+
+    def answers(self, job):
+        function = self.known[job.program.strip()]
+        return [json.dumps({"value": encode(function(x))}).encode() for (x,) in job.cases]
 
 
 def test_each_program_is_judged_by_its_own_task_and_in_order():
