@@ -32,4 +32,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (MANIFEST, _LIMIT, "2 plus 1"): _BOUND,
     (MANIFEST, _LIMIT, "20 plus 1"): _BOUND,
     (RESTORE, "SCANS = 5", "5 plus 1"): _BOUND,
+    (
+        MANIFEST,
+        "size, sha256 = hash_file(ops, directory / name, limit=record.size + 1)",
+        "1 plus 1",
+    ): "a file that is longer by one byte or more is told by its size either way",
+    (
+        RESTORE,
+        "if found.verdict is Verdict.VALID and found.manifest is not None:",
+        "and -> or",
+    ): "without a fingerprint to compare, a manifest comes with VALID and with nothing else",
 }

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.training.runtime.faults import (
     FINGERPRINT,
@@ -171,6 +172,37 @@ def test_reading_for_inference_gives_up_where_nothing_stays(
     with pytest.raises(UnreadableCheckpoint, match="keep changing; try again"):
         CheckpointStore.newest_for_inference(ram_path)
     assert len(looks) == restore.SCANS
+
+
+def test_only_directories_with_the_name_of_a_step_are_candidates(ram_path: Path) -> None:
+    save_steps(ram_path, 1)
+    (ram_path / "checkpoint_step_00000007").write_bytes(b"a file")
+    (ram_path / "copy").mkdir()
+    (ram_path / "copy" / "MANIFEST.json").write_bytes(b"{}")
+    assert [c.step for c in restore.find_candidates(QuietOps(), ram_path)] == [1]
+
+
+def test_the_newest_of_those_that_are_unusable_comes_first(ram_path: Path) -> None:
+    save_steps(ram_path, *range(1, 9), keep=8)
+    for step in (2, 5, 3, 7):
+        (ram_path / f"checkpoint_step_{step:08d}" / "MANIFEST.json").write_bytes(b"torn")
+    steps = [c.step for c in restore.find_candidates(QuietOps(), ram_path)]
+    assert steps == [7, 5, 3, 2, 8, 6, 4, 1]
+
+
+def test_short_memory_says_how_much_is_needed(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(ram_path)
+    store.save(1, {"model": {"weight": torch.zeros(3 * 2**18)}}, {}, block=True)
+
+    def fail(ops: FileOps, path: Path) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(restore, "read_tensors", fail)
+    with pytest.raises(UnreadableCheckpoint, match="needs 3 MiB of memory that is not free"):
+        store.load_newest()
+    store.close()
 
 
 def test_only_the_groups_that_are_asked_for_are_read(ram_path: Path) -> None:
