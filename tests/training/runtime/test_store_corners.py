@@ -183,11 +183,11 @@ def test_only_directories_with_the_name_of_a_step_are_candidates(ram_path: Path)
 
 
 def test_the_newest_of_those_that_are_unusable_comes_first(ram_path: Path) -> None:
-    save_steps(ram_path, *range(1, 9), keep=8)
+    save_steps(ram_path, 3, 8, 1, 6, 2, 7, 5, 4, keep=8)
     for step in (2, 5, 3, 7):
         (ram_path / f"checkpoint_step_{step:08d}" / "MANIFEST.json").write_bytes(b"torn")
     steps = [c.step for c in restore.find_candidates(QuietOps(), ram_path)]
-    assert steps == [7, 5, 3, 2, 8, 6, 4, 1]
+    assert steps == [7, 5, 3, 2, 4, 6, 1, 8]  # by number, then the others by time
 
 
 def test_short_memory_says_how_much_is_needed(
