@@ -11,6 +11,7 @@ left over, or the trainer does not end as it should with finite weights.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -216,7 +217,7 @@ def soak(
         wanted=runs,
         deadline=begun + 60 * minutes,
         stop_file=run / "STOP",
-        pieces=(piece for suite in suites for piece in own[suite]),
+        pieces=itertools.chain(*(own[suite] for suite in suites), mixture(rng)),
     )
     steps = math.ceil(runs / (TASKS * GROUP))
     flags = tiny_flags(run, *FLAGS, "--steps", str(steps), "--seed", str(seed))
@@ -265,7 +266,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--limit-ms", type=int, default=5000, help="of one verdict")
-    parser.add_argument("--suites", default="R13,R14,R15", help="in this order")
+    parser.add_argument("--suites", default="R13,R14,R15", help="in this order; then R15")
     parser.add_argument("--report", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
