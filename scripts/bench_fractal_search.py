@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 
 from evolution.fractal_nas import FractalSearch, pareto_front
 from model.sigma_llm import SigmaLLM
-from scripts.bench_common import cpu_name
+from scripts.bench_common import cpu_name, load_average
 from scripts.paired import compare
 from training.arch_nursery import ModelNursery
 from training.build_data import build_corpus, build_tokenizer
@@ -33,7 +34,7 @@ from training.config.sigma_config import SigmaConfig
 from training.data import validation_batches
 from training.evaluation import evaluate_bpb
 from training.modes.arch_search import open_nursery, reference_genome, search_settings
-from training.runtime.environment import configure_threads, prepare_caches
+from training.runtime.environment import configure_threads, prepare_caches, versions
 
 ARGUMENTS = (
     "--fractal-arch-search --device cpu --no-require-cuda --no-torch-compile --instant-mode off "
@@ -149,13 +150,20 @@ def main(argv: list[str] | None = None) -> int:
             if (arm, seed) in done:
                 continue
             report["runs"].append(run_arm(arm, seed=seed, steps=options.steps))
-            report["machine"] = {"cpu": cpu_name(), "torch": torch.__version__, "threads": 1}
-            report["comparisons"] = comparisons(report["runs"])
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_report(report, options.json)
             last = report["runs"][-1]
             print(f"{arm} {seed}: {last['validation_bpb']:.4f} bpb, {last['cpu_s']:.0f} s")
+    write_report(report, options.json)
     return 0
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """What is known so far, with what it was measured on."""
+    report["machine"] = {"cpu": cpu_name(), "load": load_average(), "threads": 1}
+    report["date"], report["versions"] = datetime.now(UTC).date().isoformat(), versions()
+    report["comparisons"] = comparisons(report["runs"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -87,3 +87,10 @@ def test_autocast_runs_products_in_its_type_and_returns_fp32():
     torch.testing.assert_close(loss.detach(), expected[0], atol=0, rtol=0.02)
     for mine, reference in ((hidden.grad, expected[1]), (weight.grad, expected[2])):
         assert (mine - reference).norm() < 0.03 * reference.norm()
+
+
+def test_without_gradients_the_loss_is_the_same():
+    hidden, weight, labels = make_inputs(40, 8, 50)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels).detach())
