@@ -49,6 +49,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "adaptive mixture": (
         "--optimizer", "soap", "--soap-refresh", "3", "--data-backend", "local", "--num-workers",
         "0", "--near-dedup-window", "0", "--dedup-window-size", "0", "--no-quality-filter",
+        "--source-read-timeout-sec", "60",
         "--stream-shuffle-buffer", "8", "--bootstrap-seed-batches", "0", "--batch-size", "4",
         "--aux-enable-adaptive-sources", "--aux-adaptive-interval-tokens", "256",
         "--aux-adaptive-smoothing", "0.5", "--aux-adaptive-signal", "raw",
