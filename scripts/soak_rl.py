@@ -245,7 +245,7 @@ def soak(
         "limit_ms": limit_ms,
         "faults": faults,
         "outcomes": dict(sorted(siege.counts.items())),
-        "kill_latency_ms": quantiles(siege.late),
+        "kill_latency_ms": quantiles(siege.late) if siege.late else None,
         "timeouts": len(siege.late),
         "trainer": {
             "steps": int(rows[-1]["step"]),
