@@ -54,7 +54,7 @@ FITTING = {
     "hydra.domains": st.sampled_from(["math,code,text", "text", "code,math"]),
     "self_improver.sigma_min": st.floats(0.001, 0.02),
     "self_improver.mutation_sigma": st.floats(0.02, 0.3),
-    "self_improver.sigma_max": st.floats(0.3, 9.0),
+    "self_improver.sigma_max": st.floats(0.3, 1.0),
     "curriculum.phases": st.lists(FRACTION, min_size=1, max_size=4, unique=True).map(
         lambda values: ",".join(map(repr, sorted(values)))
     ),

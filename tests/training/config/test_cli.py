@@ -70,6 +70,9 @@ def test_every_flag_is_taken_from_the_command_line(flag):
             "--sigma-rl-dispo-clip": "0.1,0.4,0.3,0.2",
             "--ttrl-task-families": "symbolic,gym:gcd",
             "--hydra-domains": "text,math",
+            "--fractal-genome": "mamba width x2 | attention",
+            "--mamba-block-t": 32,
+            "--mamba-block-n": 32,
         }
         fallback = f"{flag.default}x" if flag.kind == "str" else flag.default
         if flag.kind == "int":
@@ -78,6 +81,8 @@ def test_every_flag_is_taken_from_the_command_line(flag):
             fallback = flag.default * 0.97 + 0.001
         expected = special.get(flag.name, fallback)
         argv = [flag.name, flag.format(expected)]
+        if flag.name.startswith("--mamba-block"):
+            argv += ["--kernel-backend", "triton"]
     section = getattr(parse_args(argv), flag.section)
     assert getattr(section, flag.field) == expected
     assert getattr(getattr(default, flag.section), flag.field) == flag.default
