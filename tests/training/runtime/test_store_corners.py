@@ -286,7 +286,6 @@ def test_a_file_system_without_locks_is_refused(
 
 
 def test_a_lock_whose_owner_cannot_be_written_holds(ram_path: Path) -> None:
-    """As on a full disk."""
     (ram_path / "run.lock.json").mkdir()
     with RunLock(ram_path):
         with pytest.raises(RuntimeError, match="has not said who it is"):
