@@ -103,14 +103,19 @@ class Adapter:
         return found.hexdigest()
 
 
+def attach(model: nn.Module, adapter: Adapter | None) -> None:
+    """From now on the model has what the adapter adds, None = nothing."""
+    for name, layer in adapted_layers(model).items():
+        layer.adapter = None if adapter is None else adapter.layers[name]
+
+
 @contextmanager
 def attached(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
     """The model with what the adapter adds, None = with nothing; afterwards as it was."""
     layers = adapted_layers(model)
     before = {name: layer.adapter for name, layer in layers.items()}
     try:
-        for name, layer in layers.items():
-            layer.adapter = None if adapter is None else adapter.layers[name]
+        attach(model, adapter)
         yield
     finally:
         for name, layer in layers.items():

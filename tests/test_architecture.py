@@ -22,6 +22,7 @@ ORCHESTRATION = (
     *("training.sigma_trainer", "training.modes"),
     *("training.build", "training.build_data", "training.build_guards", "training.build_rl"),
     *("training.build_trials", "training.build_replay", "training.build_hydra"),
+    "training.build_inference",
 )
 # Path prefix -> what is forbidden there, and what is allowed all the same. The first match counts.
 IMPORT_RULES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (

@@ -1,7 +1,7 @@
 """The composition root: turns a configuration into a trainer. Wiring only.
 
 Reading order is the order of the run: tokenizer, stream, model, optimizer, services, features,
-trainer. `load_for_inference` is the shorter way for everything that only reads a checkpoint.
+trainer. What only reads a checkpoint begins at `build_inference.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from training.build_hydra import build_hydra
 from training.build_replay import build_replay
 from training.build_rl import build_rl
 from training.build_trials import build_trials
-from training.config.cli import load_json, write_resolved
-from training.config.sigma_config import ConfigError, SigmaConfig
+from training.config.cli import write_resolved
+from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, validation_batches
 from training.evaluation import EvalResult, evaluate_bpb
 from training.features import FEATURES
@@ -59,7 +59,6 @@ from training.runtime.report_refresh import ReportRefresher
 from training.runtime.save_schedule import SaveSchedule
 from training.runtime.spill import watch_for_spill
 from training.runtime.startup_audit import check_symbols
-from training.runtime.state_tree import join_state
 from training.runtime.ui import RunDisplay
 from training.runtime.watchdog import HangWatchdog
 from training.sigma_trainer import SigmaTrainer
@@ -358,33 +357,3 @@ def start_facts(config: SigmaConfig, model: SigmaLLM) -> dict[str, Any]:
         **{f"reference_bpb_{name}": bpb for name, bpb in reference_bits_per_byte().items()},
         **{f"version_{name}": value for name, value in versions().items()},
     }
-
-
-def load_for_inference(config: SigmaConfig) -> tuple[SigmaLLM, Tokenizer, int]:
-    """Model, tokenizer and step of the newest valid checkpoint of a run directory.
-
-    The model's shape comes from `<output_dir>/config.json`, not from today's flags. Reads only.
-    """
-    saved = Path(config.run.output_dir) / "config.json"
-    if not saved.is_file():
-        raise ConfigError(f"--output-dir {config.run.output_dir} holds no run (no config.json)")
-    trained = load_json(saved)
-    device = resolve_device(config)
-    tokenizer = build_tokenizer(trained)
-    checkpoint = CheckpointStore.newest_for_inference(Path(config.run.checkpoint_dir))
-    if checkpoint is None:
-        raise ConfigError(
-            f"--checkpoint-dir {config.run.checkpoint_dir} holds no valid checkpoint; train first"
-        )
-    model = SigmaLLM(trained.model_config(tokenizer.vocab_size), seed=0)
-    model.load_state_dict(checkpoint.tensors["model"])
-    if config.generate.weights == "ema":
-        _load_average(model, checkpoint.tensors["features"], checkpoint.state["features"])
-    return model.to(device).eval(), tokenizer, checkpoint.step
-
-
-def _load_average(model: SigmaLLM, tensors: dict[str, Any], plain: Any) -> None:
-    shadow = join_state(tensors, plain).get("ema", {"state": {"shadow": {}}})["state"]["shadow"]
-    if not shadow:
-        raise ConfigError("--weights ema: this run kept no average; train with --ema-enabled")
-    model.load_state_dict(shadow, strict=False)

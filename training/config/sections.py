@@ -368,6 +368,7 @@ class GenerateConfig:
     top_k: int = flag(40, "Sample among the k likeliest tokens; 0 = all.", minimum=0)
     weights: str = flag(
         "last",
-        "Weights that eval, generate, chat and export use: the last, or their average.",
-        choices=("last", "ema"),
+        "Weights that eval, generate, chat and export use: the last, their average, or the last "
+        "with the adapter that Hydra merged.",
+        choices=("last", "ema", "hydra"),
     )

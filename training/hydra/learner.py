@@ -234,6 +234,8 @@ class Hydra:
         self.merged = adapter.state_dict()
         looks = {name: compare(self.examine(name, adapter), base[name]) for name in self.domains}
         folded = self.settings.fold and self._is_sound(looks) and self._fold(adapter, base)
+        if folded:
+            self.merged = None  # it is in the weights now
         self.counts["merges"] += 1
         return {
             "domains": list(self.domains),

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from model.generation import iter_generate
 from model.sigma_llm import SigmaLLM
-from training.build import build_autocast, load_for_inference
-from training.config.cli import load_json
+from training.build import build_autocast
+from training.build_inference import load_for_inference
 from training.config.sections import GenerateConfig
 from training.config.sigma_config import SigmaConfig
 from training.modes.generate import stream_text
@@ -95,27 +94,25 @@ def run(config: SigmaConfig) -> int:
     """Answer every line of stdin until it ends; with --json one object a turn."""
     device = resolve_device(config)
     configure_threads()
-    model, tokenizer, step = load_for_inference(config)
-    trained = load_json(Path(config.run.output_dir) / "config.json")
+    loaded = load_for_inference(config)
     conversation = Conversation(
-        model,
-        tokenizer,
+        loaded.model,
+        loaded.tokenizer,
         config.generate,
-        max_context=trained.data.seq_len,
+        max_context=loaded.config.data.seq_len,
         seed=config.run.seed,
     )
     if is_interactive() and not config.run.json:
-        print(
-            f"Checkpoint of step {step}. It goes on from what you type, and on an empty line from "
-            f"where it stopped.\nCtrl+C stops an answer; {RESTART} begins a new text, {END} ends."
-        )
+        print(f"Checkpoint of step {loaded.step}. It goes on from what you type, and on an empty")
+        print(f"line from where it stopped. Ctrl+C stops an answer, {RESTART} begins a new text,")
+        print(f"{END} ends.")
     with build_autocast(config, device)():
         for line in _typed_lines():
             if line == RESTART:
                 conversation.restart()
             elif config.run.json:
                 text = "".join(conversation.answer(line))
-                row = {"checkpoint_step": step, "typed": line, "text": text}
+                row = {"checkpoint_step": loaded.step, "typed": line, "text": text}
                 print(json.dumps(row | {"ended": conversation.ended}), flush=True)
             else:
                 _show(conversation.answer(line))

@@ -10,18 +10,16 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from training.build import EVAL_BATCH_TOKENS, build_autocast, load_for_inference
+from training.build import EVAL_BATCH_TOKENS, build_autocast
 from training.build_data import build_corpus
-from training.config.cli import load_json
+from training.build_inference import TrainedModel, load_for_inference
 from training.config.sigma_config import SigmaConfig
 from training.data import Batch, text_batches, validation_batches
 from training.evaluation import evaluate_bpb, read_eval_file
 from training.hidden_eval import as_columns, choose_questions, evaluate_hidden, read_manifest
 from training.runtime.environment import configure_threads, resolve_device
-from training.tokenizer import Tokenizer
 
 
 def run(config: SigmaConfig) -> int:
@@ -31,14 +29,15 @@ def run(config: SigmaConfig) -> int:
     content = read_eval_file(config.generate.eval_file)
     device = resolve_device(config)
     configure_threads()
-    model, tokenizer, step = load_for_inference(config)
-    trained = load_json(Path(config.run.output_dir) / "config.json")
-    batches = _batches(config, trained, tokenizer=tokenizer, content=content)
+    loaded = load_for_inference(config)
+    batches = _batches(config, loaded, content=content)
     start = time.perf_counter()
-    result = evaluate_bpb(model, batches, device=device, autocast=build_autocast(config, device))
+    result = evaluate_bpb(
+        loaded.model, batches, device=device, autocast=build_autocast(config, device)
+    )
     seconds = time.perf_counter() - start
     report = {
-        "checkpoint_step": step,
+        "checkpoint_step": loaded.step,
         "text": config.generate.eval_file or "validation split",
         **asdict(result),
         "tokens_per_s": result.num_tokens / max(seconds, 1e-9),
@@ -53,31 +52,33 @@ def _run_hidden(config: SigmaConfig) -> int:
     questions = choose_questions(manifest, config.integrity.integrity_hidden_eval_tasks)
     device = resolve_device(config)
     configure_threads()
-    model, tokenizer, step = load_for_inference(config)
+    loaded = load_for_inference(config)
     autocast = build_autocast(config, device)
-    result = evaluate_hidden(model, tokenizer, questions, device=device, autocast=autocast)
-    report = {"checkpoint_step": step, **as_columns(result), "chance": manifest.chance}
+    result = evaluate_hidden(
+        loaded.model, loaded.tokenizer, questions, device=device, autocast=autocast
+    )
+    report = {"checkpoint_step": loaded.step, **as_columns(result), "chance": manifest.chance}
     sentence = (
         f"{result.hidden_eval_pass:.1%} of {result.hidden_eval_n} hidden questions answered "
         f"rightly (95 % interval {result.hidden_eval_ci_low:.1%} to "
         f"{result.hidden_eval_ci_high:.1%}; guessing gives {manifest.chance:.1%}), "
         f"{result.hidden_eval_greedy_pass:.1%} written by greedy decoding, "
-        f"checkpoint of step {step}"
+        f"checkpoint of step {loaded.step}"
     )
     print(json.dumps(report) if config.run.json else sentence)
     return 0
 
 
 def _batches(
-    config: SigmaConfig, trained: SigmaConfig, *, tokenizer: Tokenizer, content: bytes | None
+    config: SigmaConfig, loaded: TrainedModel, *, content: bytes | None
 ) -> Iterator[Batch]:
     """The text in windows of the length the model was trained with."""
-    seq_len = trained.data.seq_len
+    tokenizer, seq_len = loaded.tokenizer, loaded.config.data.seq_len
     batch_size = max(1, EVAL_BATCH_TOKENS // seq_len)
     if content is not None:
         return text_batches(content, tokenizer=tokenizer, seq_len=seq_len, batch_size=batch_size)
     return validation_batches(
-        build_corpus(trained, tokenizer),
+        build_corpus(loaded.config, tokenizer),
         seq_len=seq_len,
         batch_size=batch_size,
         max_tokens=config.eval.eval_tokens or None,

@@ -10,12 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from training.build import load_for_inference
-from training.config.cli import load_json
+from training.build_inference import TrainedModel, load_for_inference
 from training.config.sigma_config import ConfigError, SigmaConfig
-from training.tokenizer import Tokenizer
 
 README = """SigmaLLM: {num_parameters:,} parameters, {step:,} steps, context {seq_len} tokens.
 
@@ -39,21 +36,25 @@ def run(config: SigmaConfig) -> int:
             "after python scripts/launch.py train"
         ) from error
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer, step = load_for_inference(config)
-    trained = load_json(Path(config.run.output_dir) / "config.json")
+    if config.generate.weights == "hydra":
+        raise ConfigError(
+            "--mode export writes no adapters: train with --merge-fold-into-backbone, or export "
+            "--weights last"
+        )
+    loaded = load_for_inference(config)
     average = "_ema" if config.generate.weights == "ema" else ""
-    target = Path(config.run.output_dir) / "export" / f"step_{step:08d}{average}"
+    target = Path(config.run.output_dir) / "export" / f"step_{loaded.step:08d}{average}"
     if target.exists():
         raise ConfigError(f"{target} exists: that step was exported before; move it away first")
     unfinished = target.with_name(f".{target.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was stopped
     unfinished.mkdir(parents=True)
     try:
-        _write(unfinished, model.cpu(), tokenizer, seq_len=trained.data.seq_len)
+        _write(unfinished, loaded)
         notes = README.format(
-            step=step,
-            num_parameters=sum(weight.numel() for weight in model.parameters()),
-            seq_len=trained.data.seq_len,
+            step=loaded.step,
+            num_parameters=sum(weight.numel() for weight in loaded.model.parameters()),
+            seq_len=loaded.config.data.seq_len,
             name=target.name,
         )
         (unfinished / "README.md").write_text(notes, encoding="utf-8")
@@ -64,14 +65,15 @@ def run(config: SigmaConfig) -> int:
     return 0
 
 
-def _write(directory: Path, model: Any, tokenizer: Tokenizer, *, seq_len: int) -> None:
+def _write(directory: Path, loaded: TrainedModel) -> None:
     from model.hf import SigmaForCausalLM
     from training.rl.trl_sigma import transformers_tokenizer
 
-    end_id = tokenizer.end_id
+    end_id, seq_len = loaded.tokenizer.end_id, loaded.config.data.seq_len
     ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id}
+    model = loaded.model.cpu()
     exported = SigmaForCausalLM.from_sigma(model, max_position_embeddings=seq_len, **ids)
     exported.save_pretrained(directory)
-    written = transformers_tokenizer(tokenizer, stop_id=end_id)
+    written = transformers_tokenizer(loaded.tokenizer, stop_id=end_id)
     written.model_max_length = seq_len
     written.save_pretrained(directory)

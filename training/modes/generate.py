@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from model.generation import iter_generate
-from training.build import build_autocast, load_for_inference
+from training.build import build_autocast
+from training.build_inference import load_for_inference
 from training.config.sigma_config import SigmaConfig
 from training.runtime.environment import configure_threads, resolve_device
 from training.runtime.text import printable
@@ -22,12 +23,13 @@ def run(config: SigmaConfig) -> int:
     """Write the prompt and its continuation to stdout; with --json one object at the end."""
     device = resolve_device(config)
     configure_threads()
-    model, tokenizer, step = load_for_inference(config)
+    loaded = load_for_inference(config)
+    tokenizer = loaded.tokenizer
     settings = config.generate
     prompt = [tokenizer.end_id, *tokenizer.encode(settings.prompt)]
     with build_autocast(config, device)():
         tokens = iter_generate(
-            model,
+            loaded.model,
             torch.tensor([prompt], device=device),
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
@@ -36,7 +38,8 @@ def run(config: SigmaConfig) -> int:
             stop_id=tokenizer.end_id,
         )
         if config.run.json:
-            print(json.dumps(_collect(settings.prompt, tokens, tokenizer=tokenizer, step=step)))
+            row = _collect(settings.prompt, tokens, tokenizer=tokenizer, step=loaded.step)
+            print(json.dumps(row))
             return 0
         # A terminal obeys control characters; a model that has learned little may produce them.
         clean = printable if sys.stdout.isatty() else str

@@ -7,15 +7,21 @@ something to prefer; everything else is what a run builds.
 import json
 
 import pytest
+import torch
 
+from model.adapters import Adapter, attached
 from tests.integration.runs import differences, metrics_rows, stop_after, tiny_flags, train
 from tests.training.rl.small_learner import OddBytes
+from training.build_inference import load_for_inference
 from training.config.cli import parse_args
 from training.config.sigma_config import ConfigError
 from training.features import FEATURES
 from training.features.hydra_v21 import HydraFeature
 from training.hydra.clocks import EventClock
 from training.hydra.learner import Hydra
+from training.modes import export
+from training.runtime.checkpoint import CheckpointStore
+from training.runtime.state_tree import join_state
 
 RUN = (
     "--startup-meta-ramp-steps", "0", "--ttrl-max-new-tokens", "3", "--steps", "10",
@@ -143,6 +149,31 @@ def test_a_fold_changes_the_model_and_resumes_to_the_bit(whole, tmp_path):
     hydra_run(directory, *fold, features=(*FEATURES, stop_after(5, directory)))
     hydra_run(directory, *fold)
     assert differences(tmp_path / "folded", directory) == []
+
+
+def test_what_was_merged_can_be_used(whole, tmp_path, capsys):
+    def load(directory, weights):
+        flags = tiny_flags(directory, *ON, "--weights", weights)
+        return load_for_inference(parse_args(flags)).model
+
+    tokens = torch.tensor([[256, 5, 9, 77]])
+    plain, merged = load(whole, "last"), load(whole, "hydra")
+    state = CheckpointStore.newest_for_inference(whole / "checkpoints")
+    own = join_state(state.tensors["features"], state.state["features"])["hydra_v21"]["state"]
+    adapter = Adapter.create(plain, rank=8, alpha=16.0, generator=torch.Generator())
+    adapter.load_state_dict(own["learner"]["merged"])
+    with torch.no_grad():
+        without, with_it = plain(tokens).logits, merged(tokens).logits
+        assert not torch.equal(without, with_it)
+        with attached(plain, adapter):
+            assert torch.equal(plain(tokens).logits, with_it)
+    # Folded into the weights it must not be added a second time.
+    hydra_run(tmp_path / "folded", "--merge-fold-into-backbone")
+    with pytest.raises(ConfigError, match="--weights hydra: this checkpoint has no merged adapter"):
+        load(tmp_path / "folded", "hydra")
+    flags = tiny_flags(whole, *ON, "--weights", "hydra", "--mode", "export")
+    with pytest.raises(ConfigError, match="--mode export writes no adapters"):
+        export.run(parse_args(flags))
 
 
 def test_gates_and_merges_wait_for_an_experiment_and_updates_do_not():

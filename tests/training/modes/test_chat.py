@@ -131,9 +131,9 @@ def test_a_person_at_a_terminal_is_told_how(run_flags, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal("A\n/quit\n"))
     monkeypatch.setattr(sys, "stdout", screen)
     assert chat.run(parse_args([*run_flags, "--max-new-tokens", "2"])) == 0
-    first, *rest = screen.getvalue().splitlines()
-    assert f"step {STEP}" in first and "/new" in rest[0] and "/quit" in rest[0]
-    assert rest[1].startswith("> ") and rest[-1] == "> "
+    told, *rest = screen.getvalue().partition("> ")
+    assert f"step {STEP}" in told and "/new" in told and "/quit" in told
+    assert "".join(rest).endswith("\n> ")
 
 
 def test_a_directory_without_a_run_is_named(run_flags, tmp_path):
