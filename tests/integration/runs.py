@@ -27,7 +27,7 @@ TINY = """
 REPLAY = ("--causal-replay-enabled", "--probe-batches", "4")
 WALL_CLOCK = (
     "_s", "_ms", "tokens_per_s", "time_utc", "cpu_percent", "ram_", "gpu_", "_per_s_ema", "perf_",
-    "speed_gain",
+    "speed_gain", "data_queue_depth",
 )  # fmt: skip
 
 
