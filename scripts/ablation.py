@@ -69,6 +69,7 @@ class Lane:
         config = parse_args(flags)
         self.trainer: SigmaTrainer = build_trainer(config)
         self._judges_average = config.generate.weights == "ema"
+        self.trainer.services.recorder.open(metrics_offset=None)  # trials go back to its rows
         self.trainer.features.run("on_setup", replace(self.trainer.begin_step(), step=0))
         self._rng = capture_rng_state()
 
@@ -95,6 +96,7 @@ class Lane:
     def close(self) -> None:
         self.trainer.features.close()
         self.trainer.stream.close()
+        self.trainer.services.recorder.close()
 
     def finish(self) -> Outcome:
         """What the run is worth; with `--weights ema`, what its average is worth."""

@@ -100,12 +100,11 @@ def build_policy(config: SigmaConfig) -> RunPolicy:
     knobs = {LR: Knob(lowest=rule.lr_min_factor, highest=rule.lr_max_factor)}
     if interval:
         knobs[TTRL_INTERVAL] = Knob(
-            base=interval,
             lowest=min(1.0, rule.ttrl_interval_min / interval),
             highest=max(1.0, rule.ttrl_interval_max / interval),
         )
         # The learner holds the budget itself within its bounds.
-        knobs[TTRL_BUDGET] = Knob(base=config.ttrl.budget_max, lowest=0.25, highest=4.0)
+        knobs[TTRL_BUDGET] = Knob(lowest=0.25, highest=4.0)
         if config.replays():
             knobs[REPLAY_BIAS] = Knob(lowest=0.5, highest=2.0)
     return RunPolicy(knobs)

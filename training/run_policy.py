@@ -38,9 +38,8 @@ class Proposal:
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class Knob:
-    """base: value without controllers. lowest, highest: bounds of the product of all factors."""
+    """Bounds of the product of all factors."""
 
-    base: float = 1.0
     lowest: float
     highest: float
 
@@ -76,10 +75,6 @@ class RunPolicy:
             return 1.0
         product = math.prod(factors[by] for by in sorted(factors))
         return min(knob.highest, max(knob.lowest, product))
-
-    def value(self, name: str) -> float:
-        """The knob's value now; KeyError for one that the run does not have."""
-        return self.knobs[name].base * self.multiplier(name)
 
     def propose(
         self, name: str, new: float, *, by: str, reason: str, seed: int = 0

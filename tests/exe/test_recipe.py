@@ -13,10 +13,12 @@ import pytest
 
 PROJECT = Path(__file__).parents[2]
 SPEC = PROJECT / "scripts/freeze/eco_train.spec"
-# The model's face to transformers, and what stands behind `--grpo-backend trl`, are for people who
-# have Python. The frozen program does not import the first, and says of the second what is missing.
+# The model's face to transformers, and what stands behind `--grpo-backend trl` and `--mode export`,
+# are for people who have Python. The frozen program does not import the first, and says of the
+# others what is missing.
 NOT_IN_THE_PROGRAM = {
     "model/hf.py",
+    "training/modes/export.py",
     "training/rl/trl_backend.py",
     "training/rl/trl_classes.py",
     "training/rl/trl_sigma.py",

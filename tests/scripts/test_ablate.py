@@ -46,13 +46,13 @@ def test_a_run_among_others_is_the_run_alone_to_the_bit(tmp_path):
 
 
 def test_an_average_is_judged_by_itself_and_trials_run_their_arms(tmp_path):
-    """At a decay of 0 the average is the last weights; without a promotion trials change none."""
+    """At a decay that fp32 loses, the average is the last weights; trials promote nothing here."""
     ema = ("--ema-enabled", "--ema-start-fraction", "0", "--weights", "ema")
     trials = ("--uroboros-enabled", "--uroboros-interval", "4", "--uroboros-trial-horizon-steps",
               "4", "--no-forward-research-loop-enabled")  # fmt: skip
     arms = [
         Arm(name="plain"),
-        Arm(name="last", flags=(*ema, "--ema-decay", "0")),
+        Arm(name="last", flags=(*ema, "--ema-decay", "1e-12")),
         Arm(name="average", flags=(*ema, "--ema-decay", "0.9")),
         Arm(name="trials", flags=trials),
     ]

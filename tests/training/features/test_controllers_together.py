@@ -120,7 +120,7 @@ def test_a_knob_of_rl_exists_only_with_rl():
     for factor, steps in ((100.0, 16), (0.01, 2)):  # the bounds of the flags
         change = policy.propose(TTRL_INTERVAL, factor, by=str(factor), reason="")
         assert change is not None and policy.apply(change)
-        assert policy.value(TTRL_INTERVAL) == pytest.approx(steps)
+        assert 8 * policy.multiplier(TTRL_INTERVAL) == pytest.approx(steps)
         back = policy.propose(TTRL_INTERVAL, 1.0, by=str(factor), reason="")
         assert back is not None and policy.apply(back)
 
