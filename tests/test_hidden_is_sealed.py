@@ -15,8 +15,8 @@ SEALED = {"training.hidden_eval", "training.hidden_process", "training.integrity
 # The composition root, the entry and the modes that are no training may reach them (build_data: its
 # questions, to keep documents that hold one out of the stream).
 OUTSIDE = (
-    "training/build.py", "training/build_data.py", "training/build_guards.py", "training/modes/",
-    "train_sigma.py",
+    "training/build.py", "training/build_data.py", "training/build_guards.py",
+    "training/build_inference.py", "training/modes/", "train_sigma.py",
 )  # fmt: skip
 # A mode that does train: it has parts of the composition root and may ask them for nothing hidden.
 TRAINING_MODES = ("training/modes/arch_search.py",)
