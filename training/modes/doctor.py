@@ -13,18 +13,18 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from training.config.sigma_config import SigmaConfig
+from training.modes.checks import Check, check_writable
 from training.runtime.directories import (
     CHECKPOINTS_AT_ONCE,
     cache_directory,
     checkpoint_bytes,
     free_bytes,
     training_bytes,
-    write_problem,
 )
 from training.runtime.environment import (
     CUDA_LOCKFILE,
@@ -43,16 +43,6 @@ OLDEST_TORCH = (2, 10)
 REINSTALL = "run python scripts/launch.py train once; it installs what is missing"
 MODULES = ("filelock", "jinja2", "numpy", "orjson", "psutil", "rich", "safetensors", "tokenizers")
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-
-
-@dataclass(slots=True, kw_only=True)
-class Check:
-    """One finding; `advice` says what to do and is empty when nothing is."""
-
-    name: str
-    status: str
-    found: str
-    advice: str = ""
 
 
 def run(config: SigmaConfig) -> int:
@@ -244,14 +234,6 @@ def check_memory(config: SigmaConfig) -> Check:
         advice = "little is left for activations: see --mode plan, lower --batch-size"
         return Check(name="memory", status="warn", found=found, advice=advice)
     return Check(name="memory", status="ok", found=found)
-
-
-def check_writable(name: str, flag: str, directory: Path) -> Check:
-    problem = write_problem(directory)
-    if problem:
-        found = f"{directory} cannot be written: {problem}"
-        return Check(name=name, status="fail", found=found, advice=f"choose another {flag}")
-    return Check(name=name, status="ok", found=f"{directory} is writable")
 
 
 def check_disk(config: SigmaConfig) -> Check:

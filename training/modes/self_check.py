@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from training.config.sigma_config import SigmaConfig
-from training.modes.doctor import Check, check_writable
+from training.modes.checks import Check, check_writable
 from training.runtime.environment import CACHE_DIRECTORY, package_version, probe_cuda
 from training.runtime.needed_modules import KERNELS, PROGRAM, NeededModule
 from training.sources.embedded import ASSETS_DIRECTORY, MANIFEST_FILE

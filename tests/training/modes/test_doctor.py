@@ -11,7 +11,8 @@ import pytest
 
 from training.config.cli import parse_args
 from training.modes import doctor
-from training.modes.doctor import Check, check_python, examine
+from training.modes.checks import Check
+from training.modes.doctor import check_python, examine
 from training.runtime.environment import CudaFacts
 
 CPU = [

@@ -17,7 +17,7 @@ import pytest
 
 from training.config.cli import parse_args
 from training.modes import doctor, self_check
-from training.modes.doctor import Check
+from training.modes.checks import Check
 from training.runtime.needed_modules import NeededModule
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
