@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.bench_table import put_between
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "README_ALGORITHMS.md"
 RESULTS = ROOT / "bench" / "results"
@@ -29,7 +33,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     before = DOCUMENT.read_text(encoding="utf-8")
-    after = put_table(before, render(load_results(RESULTS)))
+    after = put_between(before, render(load_results(RESULTS)), begin=BEGIN, end=END)
     if options.check:
         return int(before != after)
     DOCUMENT.write_text(after, encoding="utf-8", newline="\n")
@@ -83,14 +87,6 @@ def cost(result: dict[str, Any], arm: str) -> float:
         runs[arm]["seconds"] / next(iter(runs.values()))["seconds"]
         for runs in result["equal_tokens"].values()
     )
-
-
-def put_table(document: str, table: str) -> str:
-    """The document with `table` between its marks; ValueError if it has none."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"{DOCUMENT.name} must hold each of the marks {BEGIN} and {END} once")
-    head, _, rest = document.partition(BEGIN)
-    return f"{head}{BEGIN}\n{table}{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     before = DOCUMENT.read_text(encoding="utf-8")
-    after = put_tables(before, render(load_results(RESULTS)))
+    after = put_between(before, render(load_results(RESULTS)), begin=BEGIN, end=END)
     if options.check:
         return int(before != after)
     DOCUMENT.write_text(after, encoding="utf-8", newline="\n")
@@ -43,12 +43,12 @@ def load_results(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def put_tables(document: str, tables: str) -> str:
-    """The document with `tables` between its marks; ValueError if it has none."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"{DOCUMENT.name} must hold each of the marks {BEGIN} and {END} once")
-    head, _, rest = document.partition(BEGIN)
-    return f"{head}{BEGIN}\n{tables}{END}{rest.partition(END)[2]}"
+def put_between(document: str, tables: str, *, begin: str, end: str) -> str:
+    """The document with `tables` between two marks; ValueError if it has not each of them once."""
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise ValueError(f"{DOCUMENT.name} must hold each of the marks {begin} and {end} once")
+    head, _, rest = document.partition(begin)
+    return f"{head}{begin}\n{tables}{end}{rest.partition(end)[2]}"
 
 
 def render(results: list[tuple[str, dict[str, Any]]]) -> str:

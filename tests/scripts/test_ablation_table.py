@@ -5,7 +5,8 @@ import copy
 import pytest
 
 from scripts import ablation_table
-from scripts.ablation_table import BEGIN, END, load_results, put_table, render
+from scripts.ablation_table import BEGIN, END, load_results, render
+from scripts.bench_table import put_between
 
 PART = {"mean": -0.0123, "interval": [-0.02, -0.001], "num_seeds": 2, "verdict": "helps"}
 RESULT = {
@@ -50,6 +51,9 @@ def test_a_changed_result_shows():
 
 def test_only_the_part_between_the_marks_is_written():
     document = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    assert put_table(document, "new\n") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    assert (
+        put_between(document, "new\n", begin=BEGIN, end=END)
+        == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    )
     with pytest.raises(ValueError, match="marks"):
-        put_table("nothing", "new")
+        put_between("nothing", "new", begin=BEGIN, end=END)

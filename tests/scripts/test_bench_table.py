@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from scripts import bench_table
-from scripts.bench_table import BEGIN, END, load_results, put_tables, render, short
+from scripts.bench_table import BEGIN, END, load_results, put_between, render, short
 
 RESULT = {
     "date": "2026-01-01",
@@ -52,10 +52,13 @@ def test_another_figure_is_another_text():
 
 def test_only_the_part_between_the_marks_changes():
     document = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    assert put_tables(document, "new\n") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    assert (
+        put_between(document, "new\n", begin=BEGIN, end=END)
+        == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    )
     for broken in ("no marks", document + document):
         with pytest.raises(ValueError, match="marks"):
-            put_tables(broken, "new\n")
+            put_between(broken, "new\n", begin=BEGIN, end=END)
 
 
 @pytest.mark.parametrize(
