@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from model.bitlinear import BitLinear, compute_dtype
 from model.config import SigmaModelConfig
-from model.norm_rope import rms_norm
+from model.norm_rope import biased_norm
 from model.opaque import apply_opaque
 from model.sequence import SequenceContext
 from model.ssd import MambaState, ScanInputs, ScanMasks, mamba_scan, mamba_step
@@ -232,8 +232,8 @@ class Mamba(nn.Module):
         bc_width = 2 * self.rank * self.d_state
         z, values, bc = projected.split([self.d_inner, self.d_inner, bc_width], dim=-1)
         heads = (batch, length, self.num_heads, self.head_dim)
-        bc = rms_norm(bc.reshape(batch, length, 2, self.rank, self.d_state), eps=self.eps)
-        b, c = torch.addcmul(self.bc_bias, bc, self.bc_gain).unbind(2)
+        bc = bc.reshape(batch, length, 2, self.rank, self.d_state)
+        b, c = biased_norm(bc, self.bc_gain, self.bc_bias, eps=self.eps).unbind(2)
         inputs = ScanInputs(
             x=values.view(heads),
             b=b,

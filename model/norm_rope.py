@@ -57,6 +57,31 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x.view(x.shape).to(x.dtype), grad_weight, None
 
 
+class _BiasedNorm(torch.autograd.Function):
+    """y = x r gain + bias, gain and bias broadcast to x, all in fp32 or wider.
+
+    Keeps x and r alone: autograd of the formula would keep x r as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
+        normed, inverse = normalize(x, None, eps=eps)
+        ctx.save_for_backward(x, gain, inverse)
+        ctx.bias_shape = bias.shape
+        return torch.addcmul(bias, normed, gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, gain, inverse = ctx.saved_tensors
+        normed = x * inverse
+        grad_gain = (grads[0] * normed).sum_to_size(gain.shape)
+        grad_x = grads[0] * gain
+        dot = (grad_x * normed).sum(-1, keepdim=True)
+        grad_x.addcmul_(normed, dot, value=-1.0 / x.shape[-1]).mul_(inverse)
+        return grad_x, grad_gain, grads[0].sum_to_size(ctx.bias_shape), None
+
+
 def normalize(x: Tensor, weight: Tensor | None, *, eps: float) -> tuple[Tensor, Tensor]:
     """x (..., D) over its root mean square, times weight (D,), and that factor (..., 1).
 
@@ -77,6 +102,13 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
         return apply_opaque(_RmsNorm, x, weight, eps)
     # Devices with a fused kernel: fp32 in and out keeps a fp32 gain exact.
     return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
+
+
+def biased_norm(x: Tensor, gain: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """x (..., D), fp32 or wider, over its root mean square, times gain, plus bias."""
+    if x.device.type == "cpu":
+        return apply_opaque(_BiasedNorm, x, gain, bias, eps)
+    return torch.addcmul(bias, rms_norm(x, eps=eps), gain)
 
 
 class RMSNorm(nn.Module):

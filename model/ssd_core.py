@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from model.ssd_slabs import (
     Cut,
     add_products,
+    mix,
     power,
     products,
     rank_first,
@@ -45,6 +46,7 @@ from model.ssd_slabs import (
     shared,
     tile,
     unshared,
+    weigh,
 )
 
 _LOG2_E = 1.0 / math.log(2.0)
@@ -90,12 +92,10 @@ class ChunkedScan(torch.autograd.Function):
         x, b, c = cut.steps(x), cut.steps(b), cut.steps(c)
         cum = cut.heads(log_decay).mul_(_LOG2_E).cumsum(-1)  # (G, H, Q)
         source = cum - cut.heads(log_weight).mul_(_LOG2_E)
-        weights = cum.unsqueeze(-1) - source.unsqueeze(-2)  # (G, H, Q, Q)
-        power(weights, cut.mask(masks.pair))
-        weights.diagonal(dim1=-2, dim2=-1).copy_(cut.heads(gamma))
+        gamma, pair = cut.heads(gamma), cut.mask(masks.pair)
         decays = _chunk_decays(cut.by_row(cum[..., -1].contiguous()), masks.boundary)
         to_end = power(cum[..., -1:] - source, cut.mask(masks.to_end))
-        from_start = power(cum, cut.mask(masks.from_start))
+        from_start = power(cum.clone(), cut.mask(masks.from_start))
 
         added = x.new_empty(len(x), heads, size, width)  # (G, H, N, P)
         for chunks, parts in cut.slabs(heads, rank):
@@ -111,13 +111,15 @@ class ChunkedScan(torch.autograd.Function):
             b_slab, c_slab = shared(b[chunks]), shared(c[chunks])
             scores = (c_slab @ b_slab.mT).unsqueeze(1)  # (n, 1, RQ, RQ)
             for part in parts:
-                mixing = _mix(scores, weights[chunks, part], skip[part], rank)
+                weights = weigh(cum, source, gamma, pair, (chunks, part))
+                mixing = mix(scores, weights, skip[part], rank)
                 mixed = products(mixing, ranked(x[chunks], part, rank_in))
                 decayed = tile(from_start[chunks, part], rank) * c_slab.unsqueeze(1)
                 add_products(mixed, decayed, entering[chunks, part])
                 y[chunks, :, part] = mixed.unflatten(2, (rank, -1)).permute(0, 3, 1, 2, 4)
         ctx.save_for_backward(
-            x, rank_in, b, c, skip, h0, weights, to_end, from_start, added, decays, entering
+            *(x, rank_in, b, c, skip, h0, cum, source, gamma, pair),
+            *(to_end, from_start, added, decays, entering),
         )
         ctx.cut = cut
         ctx.set_materialize_grads(False)
@@ -128,7 +130,8 @@ class ChunkedScan(torch.autograd.Function):
     @_without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (
-            x, rank_in, b, c, skip, h0, weights, to_end, from_start, added, decays, entering,
+            x, rank_in, b, c, skip, h0, cum, source, gamma, pair,
+            to_end, from_start, added, decays, entering,
         ) = ctx.saved_tensors  # fmt: skip
         cut, heads, rank = ctx.cut, x.shape[2], b.shape[2]
         grad_y, grad_h = grads
@@ -139,6 +142,7 @@ class ChunkedScan(torch.autograd.Function):
         grad_added, grad_h0, grad_totals = _backward_states(
             cut, grad_entering, grad_h, decays, added, h0
         )
+        del grad_entering
         found = _Gradients.zeros(x, rank_in, b, c, skip, to_end)
         for chunks, parts in cut.slabs(heads, rank):
             b_slab, c_slab = shared(b[chunks]), shared(c[chunks])
@@ -146,20 +150,22 @@ class ChunkedScan(torch.autograd.Function):
             grad_scores = torch.zeros_like(scores)
             for part in parts:
                 place = (chunks, part)
-                slab = _Slab(
-                    inputs=ranked(x[chunks], part, rank_in),
-                    grad=rank_first(grad_y[chunks], part),
-                    b=b_slab.unsqueeze(1),
-                    c=c_slab.unsqueeze(1),
-                    scores=scores,
-                    weights=weights[place],
-                    to_end=to_end[place],
-                    from_start=from_start[place],
-                    entering=entering[place],
-                    grad_added=grad_added[place],
-                    skip=skip[part],
-                )
-                _backward_slab(slab, place, found, grad_scores, x=x[chunks], rank_in=rank_in)
+                _backward_slab(
+                    _Slab(
+                        inputs=ranked(x[chunks], part, rank_in),
+                        grad=rank_first(grad_y[chunks], part),
+                        b=b_slab.unsqueeze(1),
+                        c=c_slab.unsqueeze(1),
+                        scores=scores,
+                        weights=weigh(cum, source, gamma, pair, place),
+                        to_end=to_end[place],
+                        from_start=from_start[place],
+                        entering=entering[place],
+                        grad_added=grad_added[place],
+                        skip=skip[part],
+                    ),
+                    place, found, grad_scores, x=x[chunks], rank_in=rank_in,
+                )  # fmt: skip
             grad_scores = grad_scores.squeeze(1)
             found.b[chunks] += unshared(grad_scores.mT @ c_slab, rank)
             found.c[chunks] += unshared(grad_scores @ b_slab, rank)
@@ -230,13 +236,6 @@ class _Gradients(NamedTuple):
         )
 
 
-def _mix(scores: Tensor, weights: Tensor, skip: Tensor, rank: int) -> Tensor:
-    """M = W o G + skip I, (n, h, RQ, RQ)."""
-    mixing = scale_pairs(scores, weights, rank)
-    mixing.diagonal(dim1=-2, dim2=-1).add_(skip.view(-1, 1))
-    return mixing
-
-
 def _join_states(
     cut: Cut, decays: Tensor, added: Tensor, h0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -277,7 +276,7 @@ def _backward_slab(
     """Fill `found` at `place`, and add to grad_scores (n, 1, R Q, R Q)."""
     chunks, part = place
     rank = slab.scores.shape[-1] // slab.weights.shape[-1]
-    mixing = _mix(slab.scores, slab.weights, slab.skip, rank)
+    mixing = mix(slab.scores, slab.weights, slab.skip, rank)
     grad_inputs = products(mixing.mT, slab.grad)
     grad_mixing = products(slab.grad, slab.inputs.mT, out=mixing)
     cum, log_weight = _backward_pairs(grad_mixing, slab, place, found, grad_scores)

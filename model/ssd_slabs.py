@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _LIMIT = 64.0
-_SLAB = 2**19  # numbers of a slab's mixing matrices: what stays in a core's cache
+_SLAB = 2**18  # numbers of a slab's mixing matrices: what stays in a core's cache
 
 
 def power(exponent: Tensor, mask: Tensor | None) -> Tensor:
@@ -120,6 +120,25 @@ def scale_pairs(value: Tensor, weights: Tensor, rank: int, *, out: Tensor | None
         out=result.view(*result.shape[:2], *tiles),
     )
     return result
+
+
+def weigh(
+    cum: Tensor, source: Tensor, gamma: Tensor, pair: Tensor | None, place: tuple[slice, slice]
+) -> Tensor:
+    """W (n, h, Q, Q) of some chunks and heads; cum, source and gamma (G, H, Q)."""
+    exponents = cum[place].unsqueeze(-1) - source[place].unsqueeze(-2)
+    if pair is not None and pair.dim() > 2:
+        pair = pair[place[0]]
+    weights = power(exponents, pair)
+    weights.diagonal(dim1=-2, dim2=-1).copy_(gamma[place])
+    return weights
+
+
+def mix(scores: Tensor, weights: Tensor, skip: Tensor, rank: int) -> Tensor:
+    """M = W o G + skip I, (n, h, RQ, RQ)."""
+    mixing = scale_pairs(scores, weights, rank)
+    mixing.diagonal(dim1=-2, dim2=-1).add_(skip.view(-1, 1))
+    return mixing
 
 
 def products(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ablate-steps", required=True, type=int, help="steps of every arm")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--turn-steps", type=int, default=5, help="steps of an arm in a row")
+    parser.add_argument("--tokens-only", action="store_true", help="leave out equal time")
     parser.add_argument("--output", type=Path, help="JSON file of the result")
     options, common = parser.parse_known_args(argv)
     names = [arm.name for arm in options.arm]
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.arm,
             seeds=options.seeds,
             steps=options.ablate_steps,
+            tokens_only=options.tokens_only,
             save=lambda found: write_result(about | found, options.output),
         )
     print(table(result))
@@ -94,6 +96,7 @@ def ablate(
     seeds: Sequence[int],
     steps: int,
     save: Callable[[dict[str, Any]], object],
+    tokens_only: bool = False,
 ) -> dict[str, Any]:
     """All runs, their comparisons with the first arm and the placebo, and a verdict per arm.
 
@@ -119,7 +122,9 @@ def ablate(
         tokens[seed] = run(arms, seed=seed, steps={arm.name: steps for arm in arms})
         print(f"seed {seed}: " + _brief(tokens[seed]), flush=True)
         if len(tokens) > 1:
-            save(result(is_complete=False))
+            save(result(is_complete=tokens_only and len(tokens) == len(seeds)))
+    if tokens_only:
+        return result(is_complete=True)
     allowed = equal_time_steps(tokens, steps=steps)
     others = [arm for arm in arms if allowed[arm.name] != steps]
     for seed in seeds:

@@ -1,6 +1,6 @@
 """INSTANT: what training keeps of activations, while the forward stays as it is to the bit.
 
-Two ways, chosen per block. Reversed blocks (two residual streams) keep one byte per number and
+Two ways, chosen per block. Reversed blocks (two residual streams) keep half a byte per number and
 coupling and find their inputs again in backward, exactly (activation/reversible.py). Compressed
 blocks keep the tensors that autograd saves as 4- or 8-bit codes (activation/slots.py). Nothing is
 rounded in the forward itself: a round trip in line would keep the full tensors all the same.

@@ -1,11 +1,11 @@
-"""Two-stream blocks that keep a byte per number instead of their activations, exactly.
+"""Two-stream blocks that keep half a byte per number instead of their activations, exactly.
 
 A two-stream block is a chain of couplings `y = x + f(other)`, so x = y - f(other) follows from the
 block's outputs in backward. Rounding loses the last bits of x, and here last bits decide: ternary
 layers round activations to int8 and routers pick experts, so a difference in the last place becomes
 a different code or expert, and grows from block to block. Therefore the forward keeps
-bits(x) - bits(fl(y - f)), a count of units in the last place that nearly always fits a byte, and a
-list of the numbers where it does not (x far smaller than y). Backward then sees the very inputs of
+bits(x) - bits(fl(y - f)), a count of units in the last place that mostly fits 4 bits, and lists of
+those where it takes a byte or more (x far smaller than y). Backward then sees the very inputs of
 the forward, in every dtype, and its gradients are the ones it would have had.
 
 Every branch is an autograd node of its own: it is recomputed alone, its gradient taken, and freed,
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from model.blocks import Block, BlockState
 from model.sequence import SequenceContext
@@ -40,11 +41,13 @@ _SAMPLES = 1024
 class Correction(NamedTuple):
     """What x differs from fl(y - f) by, in units of the last place.
 
-    small: int8 for every number; index, large: the numbers beyond it and their differences, None
-    where a second pass was not allowed.
+    near: differences from -7 to 7 as 1 to 15, two in a byte, 0 where one is beyond; far: those, in
+    order, as int8; index, large: the numbers beyond that too and their differences, None where a
+    second pass was not allowed.
     """
 
-    small: Tensor
+    near: Tensor
+    far: Tensor
     index: Tensor | None
     large: Tensor | None
 
@@ -56,23 +59,34 @@ class Correction(NamedTuple):
 def correct(x: Tensor, y: Tensor, branch: Tensor, *, max_passes: int) -> Correction:
     """What `invert` needs to find x again from y = x + branch; all (B, T, D)."""
     guess = _bits((y - branch).to(x.dtype))
-    gap = _bits(x) - guess  # wraps, as the addition that undoes it does
-    small = gap.to(torch.int8)
+    gap = (_bits(x) - guess).view(-1)  # wraps, as the addition that undoes it does
+    index = large = None
     if max_passes < 2:
-        return Correction(gap.clamp_(-127, 127).to(torch.int8), None, None)
-    index = (small != gap).view(-1).nonzero().squeeze(1)
-    large = gap.view(-1)[index]
-    return Correction(small, index.int() if x.numel() < 2**31 else index, large)
+        small = gap.clamp_(-127, 127).to(torch.int8)
+    else:
+        small = gap.to(torch.int8)
+        index = (small != gap).nonzero().squeeze(1)
+        large = gap[index]
+        index = index.int() if x.numel() < 2**31 else index
+    is_far = (small < -7) | (small > 7)
+    codes = (small + 8).masked_fill_(is_far, 0).view(torch.uint8)
+    if codes.numel() % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return Correction(codes[0::2] | (codes[1::2] << 4), small[is_far], index, large)
 
 
 def invert(y: Tensor, branch: Tensor, correction: Correction, *, dtype: torch.dtype) -> Tensor:
     """x of y = x + branch, in its dtype."""
-    guess = _bits((y - branch).to(dtype))
-    found = guess + correction.small
+    guess = _bits((y - branch).to(dtype)).view(-1)
+    codes = torch.stack((correction.near & 15, correction.near >> 4), dim=-1).view(-1)
+    codes = codes[: guess.numel()].view(torch.int8)
+    is_far = codes == 0
+    found = guess + (codes - 8)
+    found[is_far] = guess[is_far] + correction.far
     if correction.index is not None and correction.large is not None:
         index = correction.index.long()
-        found.view(-1)[index] = guess.view(-1)[index] + correction.large
-    return found.view(dtype)
+        found[index] = guess[index] + correction.large
+    return found.view(dtype).view(y.shape)
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -236,18 +250,17 @@ class _Reversed(torch.autograd.Function):
                 "a weight of a reversed block was changed between forward and backward"
             )
         saved = ctx.saved_tensors
-        streams = list(saved[3:] if step.last else _take(run.segment))
+        streams = list(saved[4:] if step.last else _take(run.segment))
         source = streams[1 - target].detach().requires_grad_()
         with _as_in_forward(run, step.place, source.device):
             branch, losses = run.variables.run(compute, source)
-        found = torch.autograd.grad(
-            [branch, *losses.values()],
-            [source, *parameters],
-            [grads[0].to(branch.dtype), *grads[1:]],
-        )
         streams[target] = invert(
-            streams[target], branch.detach(), Correction(*saved[:3]), dtype=ctx.dtype
+            streams[target], branch.detach(), Correction(*saved[:4]), dtype=ctx.dtype
         )
+        given = [grads[0].to(branch.dtype), *grads[1:]]
+        edges = [get_gradient_edge(value) for value in (branch, *losses.values())]
+        del branch, losses  # the branch's values have done their part; its gradient may take long
+        found = torch.autograd.grad(edges, [source, *parameters], given)
         run.segment.outputs = None if step.first else (streams[0], streams[1])
         if step.first:
             run.segment.compare((streams[0], streams[1]))
