@@ -82,7 +82,7 @@ class SigmaModelConfig:
     router_balance_lr: float = 1e-3
     moe_z_loss_weight: float = 1e-3
     moe_gate_precision: str = "bf16"
-    rib_router_enabled: bool = True
+    rib_router_enabled: bool = False
     rib_info_weight: float = 0.03
     rib_collapse_penalty: float = 0.08
     rib_confidence_weight: float = 0.03

@@ -34,13 +34,14 @@ import torch
 from torch import nn
 
 from model.sigma_llm import SigmaLLM
+from scripts.update_peers import peer_optimizers
 from training.build import build_evaluator, build_optimizer, build_probe
 from training.build_data import build_corpus, build_tokenizer
 from training.config.cli import parse_args
 from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, TokenStream
 from training.instant import apply_instant
-from training.optimizer import OptimizerSet
+from training.optimizer import projection_names, takes_muon
 from training.probe import Probe
 from training.runtime.environment import keep_freed_memory
 from training.schedule import step_factors
@@ -297,20 +298,29 @@ def _add_ratios(table: dict[str, Any]) -> None:
 
 
 def time_updates(bench: Bench, arms: list[str], *, rounds: int) -> dict[str, float]:
-    """Median CPU milliseconds of one update alone, all optimizers taking turns.
+    """Median CPU milliseconds of one update alone, all optimizers and their peers taking turns.
 
-    `torch fused adamw` is torch's own over the same parameters.
+    "one by one": adamw and muon without buckets of equal tensors.
     """
     config = bench.config("adamw", lr=1e-4, seed=0)
     model = SigmaLLM(config.model_config(bench.vocab_size), seed=0)
-    sources: dict[str, OptimizerSet | torch.optim.Optimizer] = {
-        "torch fused adamw": torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    }
-    for arm in arms:
-        sources[arm] = build_optimizer(bench.config(arm, lr=1e-4, seed=0), model)
     generator = torch.Generator().manual_seed(0)
     for param in model.parameters():
         param.grad = 1e-3 * torch.randn(param.shape, generator=generator)
+    projections = projection_names(model)
+    named = list(model.named_parameters())
+    is_matrix = [takes_muon(*one, config.optim, projections=projections) for one in named]
+    sources = peer_optimizers(
+        [param for (_, param), taken in zip(named, is_matrix) if taken],
+        [param for (_, param), taken in zip(named, is_matrix) if not taken],
+    )
+    for arm in arms:
+        sources[arm] = build_optimizer(bench.config(arm, lr=1e-4, seed=0), model)
+    for arm in {"adamw", "muon"} & set(arms):
+        single = build_optimizer(bench.config(arm, lr=1e-4, seed=0), model)
+        for part in single.parts:
+            part.foreach = False
+        sources[f"{arm}, one by one"] = single
     taken: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(rounds + 1):
         for name, source in sources.items():

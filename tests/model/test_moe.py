@@ -17,6 +17,7 @@ from model.swiglu import SwigluSettings, swiglu, swiglu_definition
 
 def make_config(**changes) -> SigmaModelConfig:
     values = {"d_model": 32, "n_heads": 4, "d_ff": 96, "n_routed_experts": 6, "vocab_size": 50}
+    values["rib_router_enabled"] = True
     return SigmaModelConfig(**(values | changes)).validate()
 
 

@@ -107,7 +107,7 @@ def test_the_table_names_target_steps_and_costs(finished):
     assert result["target_bpb"] == finals
     assert max(rows["adamw"]["steps_to_target"]) <= 4
     assert rows["muon"]["steps_over_muon"]["mean"] == 1.0
-    assert set(result["update_cpu_ms"]) == {"torch fused adamw", "adamw", "muon"}
+    assert {"torch fused adamw", "torch muon", "adamw", "muon"} <= set(result["update_cpu_ms"])
     assert all(row["step_cpu_ms"] > row["clip_and_update_cpu_ms"] for row in rows.values())
 
 
@@ -116,7 +116,8 @@ def test_updates_can_be_timed_alone(tmp_path):
     arguments = ["--only", "adamw,soap", "--rounds", "1", "--flags", TINY, "--updates-only"]
     main([*arguments, "--out", str(out)])
     result = json.loads(out.read_text())
-    assert set(result["update_cpu_ms"]) == {"torch fused adamw", "adamw", "soap"}
+    timed = set(result["update_cpu_ms"])
+    assert {"torch foreach adamw", "gnprox, on this device", "adamw, one by one", "soap"} <= timed
     assert result["runs"] == {}
 
 

@@ -95,7 +95,8 @@ def test_four_bits_by_measured_sensitivity_keep_the_gradient():
     _, wanted = gradient(patched(make_model()), rows=4)
     assert cosine(found, wanted) > 0.99
     assert report.stored_bytes <= 5 * 2**20
-    assert {"int4", "int8"} <= {slot.coding for slot in memory.book.slots.values()}
+    widths = {"int4", "int5", "int6", "int8"}
+    assert len(widths & {slot.coding for slot in memory.book.slots.values()}) > 2
     coarse = patched(make_model(), mode="compress", error_threshold=10.0, comp_dim=0)
     assert cosine(gradient(coarse, rows=4)[1], wanted) < 0.98
 

@@ -3,7 +3,7 @@
 The sensitivity of a slot is measured: the block's gradients are taken once from exact tensors and
 once with this one tensor at 4 bits; the relative squared difference is what 4 bits cost. Variance
 goes with the square of the step, so 8 bits cost (15/255)^2 of it. All slots start at 4 bits, and
-the budget buys, in the order of error removed per byte, 8 bits and then the exact tensor.
+the budget buys, in the order of error removed per byte, 5, 6 and 8 bits and then the exact tensor.
 
 Source: GACT 2206.11357 (sensitivity from gradients, bits by a greedy allocation).
 """
@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.activation.quantize import encode
-from training.activation.slots import BITS
+from training.activation.quantize import GROUP, encode
+from training.activation.slots import WIDTHS
 
-_EIGHT_BIT_SHARE = (15.0 / 255.0) ** 2
-_LADDER = ("int4", "int8", "exact")
+_LADDER = (*WIDTHS, "exact")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,12 +33,14 @@ class SlotCost:
     sensitivity: float
 
     def num_bytes(self, coding: str) -> float:
-        bits = 8.0 * self.element_size if coding == "exact" else BITS[coding]
-        return self.elements * bits / 8.0
+        if coding == "exact":
+            return float(self.elements * self.element_size)
+        return self.elements * (WIDTHS[coding] + 32.0 / GROUP) / 8.0
 
     def error(self, coding: str) -> float:
-        share = {"int4": 1.0, "int8": _EIGHT_BIT_SHARE, "exact": 0.0}[coding]
-        return self.sensitivity * share
+        if coding == "exact":
+            return 0.0
+        return self.sensitivity * (15.0 / (2.0 ** WIDTHS[coding] - 1.0)) ** 2
 
 
 def allocate(costs: Sequence[SlotCost], *, budget_bytes: float) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Saved activations as 4- or 8-bit codes, unbiased by stochastic rounding.
+"""Saved activations as codes of 4, 5, 6 or 8 bits, unbiased by stochastic rounding.
 
 Groups of 64 neighbours share an offset and a step, so that one outlier costs 64 numbers their
 precision and no more. Offset and step span the group's own range instead of a range around zero:
@@ -30,7 +30,7 @@ _BF16_SLACK = 2.0**-8  # twice bf16's rounding error
 class Codes(NamedTuple):
     """Numbers as unsigned codes: value = low + code * step of the number's group.
 
-    codes: uint8, one per number, or two in a byte for 4 bits; low, step: (groups,) bf16.
+    codes: uint8, `bits` bytes for 8 numbers, see `_join_bits`; low, step: (groups,) bf16.
     """
 
     codes: Tensor
@@ -52,10 +52,11 @@ class Codes(NamedTuple):
         packed = self.codes.view(self.low.numel(), -1)
         for start in range(0, len(packed), rows):
             part = slice(start, start + rows)
-            codes = packed[part]
-            if self.bits == 4:
-                codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
-            values = codes.to(wide).mul_(self.step[part].to(wide).unsqueeze(1))
+            values = (
+                _split_bits(packed[part], self.bits)
+                .to(wide)
+                .mul_(self.step[part].to(wide).unsqueeze(1))
+            )
             result[part] = values.add_(self.low[part].to(wide).unsqueeze(1))
         return result.view(-1)[: self.size]
 
@@ -97,7 +98,7 @@ Packed = Codes | Integers | LowRank
 
 
 def encode(values: Tensor, *, bits: int, generator: torch.Generator) -> Codes:
-    """Codes of `bits` (4 or 8) for values (n,) of a floating type.
+    """Codes of `bits` (4, 5, 6 or 8) for values (n,) of a floating type.
 
     generator: on the values' device; four draws take one 64-bit number of it.
     """
@@ -119,11 +120,38 @@ def encode(values: Tensor, *, bits: int, generator: torch.Generator) -> Codes:
         unit = ((most - floor) * ((1.0 + _BF16_SLACK) / levels)).clamp_min_(_MIN_STEP).bfloat16()
         scaled = (part - floor.to(wide)).div_(unit.to(wide))
         whole = scaled.add_(uniform(scaled.shape, generator=generator)).to(torch.uint8)
-        if bits == 4:
-            whole = whole[:, 0::2] | (whole[:, 1::2] << 4)
         block = slice(start, start + len(part))
-        codes[block], low[block], step[block] = whole, floor.squeeze(1), unit.squeeze(1)
+        codes[block] = _join_bits(whole, bits)
+        low[block], step[block] = floor.squeeze(1), unit.squeeze(1)
     return Codes(codes.view(-1), low, step, bits, size, values.dtype)
+
+
+def _join_bits(codes: Tensor, bits: int) -> Tensor:
+    """(rows, GROUP) uint8 below 2^bits -> (rows, GROUP bits / 8).
+
+    The low four bits of two neighbours share a byte; each further bit is a plane of its own, eight
+    numbers in a byte.
+    """
+    if bits == 8:
+        return codes
+    planes = [(codes[:, 0::2] & 15) | (codes[:, 1::2] << 4)]
+    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    for place in range(4, bits):
+        plane = ((codes >> place) & 1).view(len(codes), -1, 8) << places
+        planes.append(plane.sum(-1, dtype=torch.uint8))
+    return torch.cat(planes, dim=1)
+
+
+def _split_bits(joined: Tensor, bits: int) -> Tensor:
+    """Inverse of `_join_bits`."""
+    if bits == 8:
+        return joined
+    low, *planes = joined.split([GROUP // 2, *[GROUP // 8] * (bits - 4)], dim=1)
+    codes = torch.stack((low & 15, low >> 4), dim=-1).flatten(1)
+    places = torch.arange(8, dtype=torch.uint8, device=joined.device)
+    for place, plane in enumerate(planes, start=4):
+        codes |= (((plane.unsqueeze(-1) >> places) & 1) << place).flatten(1)
+    return codes
 
 
 def encode_low_rank(

@@ -128,7 +128,7 @@ class ModelConfig:
     moe_gate_precision: str = flag(
         "bf16", "Storage of the gate weights; arithmetic is fp32.", choices=GATE_PRECISIONS
     )
-    rib_router_enabled: bool = flag(True, "Add the RIB regulariser and router temperature.")
+    rib_router_enabled: bool = flag(False, "Add the RIB regulariser and router temperature.")
     rib_info_weight: float = flag(0.03, "Weight of the information term.", minimum=0.0)
     rib_collapse_penalty: float = flag(0.08, "Weight of the max-min probability term.", minimum=0.0)
     rib_confidence_weight: float = flag(0.03, "Weight of the confidence term.", minimum=0.0)

@@ -34,7 +34,7 @@ def steps_of(codes: Codes):
     return codes.step.float().repeat_interleave(GROUP)[: codes.size]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_a_thousand_roundings_average_to_the_value(bits):
     """Bias below 4.5 standard errors for each of 261 numbers, and 3 for their mean z."""
     x, draws = values(), generator(2)
@@ -50,6 +50,14 @@ def test_a_thousand_roundings_average_to_the_value(bits):
     assert 0.8 < float(z[~still].std()) < 1.2
 
 
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_codes_take_as_many_bits_as_they_say(bits):
+    codes = encode(values(), bits=bits, generator=generator())
+    groups = codes.low.numel()
+    assert codes.num_bytes == groups * (GROUP * bits / 8 + 4)
+    assert relative_error(codes, values()) < 1.5 / 2**bits
+
+
 def test_rounding_to_the_nearest_would_fail_that_test():
     x = values()
     codes = encode(x, bits=4, generator=generator(2))
@@ -59,7 +67,7 @@ def test_rounding_to_the_nearest_would_fail_that_test():
     assert ((nearest - x) / spread).abs().max() > 4.5
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_decoded_number_is_a_step_away_at_most_and_inside_its_group(bits, dtype):
     x = values().clamp(-6e4, 6e4).to(dtype)
