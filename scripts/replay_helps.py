@@ -80,7 +80,7 @@ class Rows:
         self._end_id = tokenizer.end_id
         rng = random.Random(seed)
         self._parts = [
-            rows_of(arithmetic_lines(tokenizer, rng, misled=False), OWN_ROWS),
+            rows_of(arithmetic_lines(tokenizer, rng), OWN_ROWS),
             rows_of(corpus_lines(tokenizer), CORPUS_ROWS),
         ]
 

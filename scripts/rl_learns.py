@@ -7,9 +7,10 @@ training tasks and is examined on held-out ones, which no arm has seen (their pr
 text, with its slips). `verifier` is rewarded by verdicts and shown no solution; `permuted` gets the
 same rewards on the wrong completions of a group, `random` gets drawn ones; `sft` is shown solutions
 for as much processor time as `verifier` took. `majority` is rewarded by the vote of its own samples
-and `majority_random` by drawn rewards, all else alike. The arms `misled_` start from a model whose
-majority is wrong: `misled_abstain` may abstain, `misled_forced` takes every vote for a label, and
-`misled_random` is their placebo.
+and `majority_random` by drawn rewards, all else alike; `more_` are the same from a model that read
+more, whose majority is right more often. The arms `misled_` and `torn_` start from models whose
+majority is wrong, often by a clear vote and seldom so: `_abstain` may abstain, `_forced` takes
+every vote for a label, and `_random` is their placebo.
 
 The file is written after every arm, and an arm that it holds is not run again.
 """
@@ -36,6 +37,9 @@ from scripts.bench_common import cpu_name, load_average
 from scripts.paired import compare
 from scripts.rl_text import (
     FAMILIES,
+    MISLED,
+    MORE,
+    TORN,
     FixedLevels,
     byte_tokenizer,
     examine,
@@ -69,15 +73,16 @@ class Arm:
     ticks: int = TICKS
     lr: float = LR
     kl: float = KL
-    misled: bool = False
+    further: str | None = None  # text that its model reads first
 
     @property
     def start(self) -> str:
         """Name of the scores of the model that it goes on from."""
-        return "misled_start" if self.misled else "start"
+        return f"{self.further}_start" if self.further else "start"
 
 
 VOTED = Arm(settings=VOTING, lr=VOTED_LR, kl=VOTED_KL, ticks=VOTED_TICKS)
+FORCED = replace(VOTED, settings=replace(VOTING, majority_min_share=0.0))
 DRAWN = replace(VOTED, settings=replace(SAMPLING, placebo="random"))
 ARMS = {
     "verifier": Arm(),
@@ -86,9 +91,13 @@ ARMS = {
     "random": Arm(settings=replace(SAMPLING, placebo="random")),
     "majority": VOTED,
     "majority_random": DRAWN,
-    "misled_abstain": replace(VOTED, misled=True),
-    "misled_forced": replace(VOTED, settings=replace(VOTING, majority_min_share=0.0), misled=True),
-    "misled_random": replace(DRAWN, misled=True),
+    "more_majority": replace(VOTED, further=MORE),
+    "more_random": replace(DRAWN, further=MORE),
+    "misled_abstain": replace(VOTED, further=MISLED),
+    "misled_forced": replace(FORCED, further=MISLED),
+    "torn_abstain": replace(VOTED, further=TORN),
+    "torn_forced": replace(FORCED, further=TORN),
+    "torn_random": replace(DRAWN, further=TORN),
 }
 
 
@@ -216,8 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for arm in options.arms.split(","):
             if arm in own["arms"]:
                 continue
-            start, misled = ARMS[arm].start, ARMS[arm].misled
-            model = pretrained(seed, tokenizer, directory=options.work, misled=misled, say=print)
+            start, further = ARMS[arm].start, ARMS[arm].further
+            model = pretrained(seed, tokenizer, directory=options.work, further=further, say=print)
             if start not in own:
                 own[start] = scores_of(model, tokenizer)
                 print(json.dumps({"seed": seed, start: own[start]}), flush=True)

@@ -2,9 +2,10 @@
 
 The text is the embedded corpus and lines of arithmetic by somebody who errs: every third sum or
 difference is off by 1, 2 or 10. So the model comes out unsure of them, but its majority is usually
-right. In the misled text, which a model may read afterwards, as with products in both, the
-commonest answer to each is a wrong one, always by the same slip, and the right one comes second:
-there the majority is wrong, and a model that believed it would be sure of a wrong rule.
+right, the more so when it has read more of it. In the misled text, which a model may read
+afterwards, as with products in both, the commonest answer to each is a wrong one, always by the
+same slip, and the right one comes second: there the majority is wrong, and a model that believed it
+would be sure of a wrong rule. In the torn text it is wrong too, but seldom has half of the votes.
 """
 
 from __future__ import annotations
@@ -44,12 +45,22 @@ PRODUCTS = "multiply"
 LEVELS = {"add": 2, "subtract": 2, "multiply": 1}
 SLIP_SHARE = 0.35
 SLIPS = (-10, -2, -1, 1, 2, 10)
-# Where the majority is wrong: shares of the right answer and of the common slip, of products and
-# of the misled text; the rest is spread over the others.
-OF_PRODUCTS, OF_MISLED, COMMON_SLIP = (0.27, 0.33), (0.3, 0.5), 3
-RARE_SLIPS = (-12, -10, -4, -2, -1, 1, 2, 10)
+# Where the majority is wrong: shares of the right answer and of the common slip; the rest is spread
+# over the others.
+Wrong = tuple[tuple[float, float], tuple[int, ...]]
+OF_PRODUCTS = (0.27, 0.33)
+COMMON_SLIP, MISLED_SLIP = 3, 10
+RARE_SLIPS, TORN_SLIPS = (-12, -10, -4, -2, -1, 1, 2, 10), (20, 30, 40, 50, 60, 70)
 ROW_TOKENS, OWN_ROWS, CORPUS_ROWS = 128, 8, 1
-PRETRAIN_ROUNDS, MISLED_STEPS, WARMUP_STEPS = (650, 400), 450, 20
+PRETRAIN_ROUNDS, WARMUP_STEPS = (650, 400), 20
+# What a model may read after these rounds: steps, and where the majority is wrong its shares and
+# rare slips. All of the torn text err by tens, or the unit digits would settle which ten is right.
+MORE, MISLED, TORN = "more", "misled", "torn"
+FURTHER: dict[str, tuple[int, Wrong | None]] = {
+    MORE: (600, None),
+    MISLED: (450, ((0.19, 0.51), RARE_SLIPS)),
+    TORN: (600, ((0.22, 0.34), TORN_SLIPS)),
+}
 CORPUS_BYTES = 4_000_000
 EXAM_SAMPLES = 16
 
@@ -92,21 +103,22 @@ def new_model(seed: int, tokenizer: Tokenizer) -> SigmaLLM:
     return model
 
 
-def written_answer(task: Task, rng: random.Random, *, misled: bool = False) -> str:
+def written_answer(task: Task, rng: random.Random, *, misled: Wrong | None = None) -> str:
     """What the text says a task's answer is."""
     answer, point = int(task.answer or "0"), rng.random()
-    if task.family != PRODUCTS and not misled:
+    if task.family != PRODUCTS and misled is None:
         return str(answer + (rng.choice(SLIPS) if point < SLIP_SHARE else 0))
-    right, common = OF_MISLED if misled else OF_PRODUCTS
+    (right, common), rare_slips = misled or (OF_PRODUCTS, RARE_SLIPS)
     if point < right:
         return str(answer)
+    slip = MISLED_SLIP if misled else COMMON_SLIP
     if point < right + common:
-        return str(answer + COMMON_SLIP)
-    return str(answer + rng.choice(RARE_SLIPS))
+        return str(answer + slip)
+    return str(answer + rng.choice([rare for rare in rare_slips if rare != slip]))
 
 
 def arithmetic_lines(
-    tokenizer: Tokenizer, rng: random.Random, *, misled: bool
+    tokenizer: Tokenizer, rng: random.Random, *, misled: Wrong | None = None
 ) -> Iterator[list[int]]:
     """Documents of one line each, of all levels up to the examined one."""
     while True:
@@ -177,22 +189,25 @@ def pretrained(
     *,
     directory: Path,
     say: Callable[[str], object],
-    misled: bool = False,
+    further: str | None = None,
 ) -> SigmaLLM:
-    """The pretrained model of a seed, misled by one more round if that is asked for; rounds whose
-    files there are, are not done again."""
+    """The pretrained model of a seed; `further` names one more round, of the same text or the
+    misled one. Rounds whose files there are, are not done again."""
     directory.mkdir(parents=True, exist_ok=True)
     model = new_model(seed, tokenizer)
-    rounds = [*PRETRAIN_ROUNDS, MISLED_STEPS] if misled else PRETRAIN_ROUNDS
-    for number, steps in enumerate(rounds):
-        is_misled = number == len(PRETRAIN_ROUNDS)
-        name = f"misled_{seed}" if is_misled else f"pretrained_{seed}_{number}"
+    rounds = [
+        (f"pretrained_{seed}_{number}", steps) for number, steps in enumerate(PRETRAIN_ROUNDS)
+    ]
+    if further is not None:
+        rounds.append((f"{further}_{seed}", FURTHER[further][0]))
+    for number, (name, steps) in enumerate(rounds):
         path = directory / f"{name}.safetensors"
         if path.is_file():
             model.load_state_dict(load_file(path))
             continue
         own = seed + 1000 * number
-        lines = arithmetic_lines(tokenizer, random.Random(own), misled=is_misled)
+        misled = FURTHER[further][1] if further and number == len(PRETRAIN_ROUNDS) else None
+        lines = arithmetic_lines(tokenizer, random.Random(own), misled=misled)
         read_text(model, tokenizer, lines, steps=steps, seed=own, say=say)
         save_file({name: value.clone() for name, value in model.state_dict().items()}, path)
     return model

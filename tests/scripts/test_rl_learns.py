@@ -11,9 +11,14 @@ from scripts.rl_learns import ARMS, Arm, reinforce, run_arm, summarize, supervis
 from scripts.rl_text import (
     COMMON_SLIP,
     FAMILIES,
+    FURTHER,
     LEVELS,
+    MISLED,
+    MISLED_SLIP,
+    MORE,
     PRODUCTS,
     SLIP_SHARE,
+    TORN,
     FixedLevels,
     byte_tokenizer,
     held_out_tasks,
@@ -34,13 +39,22 @@ def test_the_text_errs_as_often_as_it_says():
     assert answers.most_common(1)[0][0] == task.answer
 
 
-@pytest.mark.parametrize(("family", "misled"), [(PRODUCTS, False), ("add", True)])
-def test_where_the_majority_is_wrong_the_right_answer_comes_second(family, misled):
+@pytest.mark.parametrize(
+    ("family", "text", "slip", "clear"),
+    [
+        (PRODUCTS, MORE, COMMON_SLIP, False),
+        ("add", MISLED, MISLED_SLIP, True),
+        ("add", TORN, MISLED_SLIP, False),
+    ],
+)
+def test_where_the_majority_is_wrong_the_right_answer_comes_second(family, text, slip, clear):
     rng = random.Random(0)
     task = draw_task(family, level=1, rng=rng)
+    misled = FURTHER[text][1]
     answers = Counter(written_answer(task, rng, misled=misled) for _ in range(4000))
-    assert answers.most_common(1)[0][0] == str(int(task.answer or "") + COMMON_SLIP)
-    assert answers.most_common(2)[1][0] == task.answer
+    (top, votes), (second, _) = answers.most_common(2)
+    assert (top, second) == (str(int(task.answer or "") + slip), task.answer)
+    assert (votes > 2000) == clear
 
 
 def test_what_is_examined_is_not_trained_on():
