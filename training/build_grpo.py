@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model.sigma_llm import SigmaLLM
-from training.build_rl import build_verifier
 from training.config.sigma_config import SigmaConfig
 from training.rl.learner import Learner
 from training.rl.tasks import CODE_FAMILIES, draw_task
@@ -18,6 +18,7 @@ from training.rl.trl_classes import trl_classes
 from training.rl.trl_learner import TrlLearner
 from training.rl.trl_sigma import SigmaTrlBackend
 from training.rl.unsloth_bridge import load_unsloth
+from training.rl.verifier import Verifier
 from training.runtime.environment import autocast_dtype
 from training.tokenizer import Tokenizer
 
@@ -25,9 +26,15 @@ UNSLOTH_DIRECTORY = Path(".runtime_cache") / "unsloth"
 
 
 def with_trl(
-    config: SigmaConfig, learner: Learner, model: SigmaLLM, tokenizer: Tokenizer
+    config: SigmaConfig,
+    learner: Learner,
+    model: SigmaLLM,
+    tokenizer: Tokenizer,
+    *,
+    build_verifier: Callable[..., Verifier],
 ) -> TrlLearner:
-    """`learner` with one GRPO step through TRL for each of its ticks.
+    """`learner` with one GRPO step through TRL for each of its ticks, judged by a verifier of its
+    own, whose programs have the time that the flags of GRPO give them.
 
     RuntimeError if TRL is missing, if unsloth's patch is required and not active, or if the reward
     of a solved and of an empty task are not what the flags say.

@@ -47,7 +47,7 @@ def build_rl(
     if config.grpo.backend == "trl":
         from training.build_grpo import with_trl
 
-        learner = with_trl(config, learner, model, tokenizer)
+        learner = with_trl(config, learner, model, tokenizer, build_verifier=build_verifier)
     return RLService(
         learner=learner,
         real_batches=count_real_batches(config, stream),
