@@ -50,7 +50,7 @@ def context_documents(context: SequenceContext, *, continued: bool = False) -> T
 
 def _build_documents(context: SequenceContext, *, first: int) -> Tensor | None:
     resets, valid = context.reset_mask, context.valid_mask
-    if context.positions.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_read(context.positions):
         if resets is not None and not resets[:, first:].any():
             resets = None
         if valid is not None and valid.all():
@@ -62,6 +62,11 @@ def _build_documents(context: SequenceContext, *, first: int) -> Tensor | None:
     else:
         return None
     return documents if valid is None else documents.masked_fill_(~valid, PADDING)
+
+
+def may_read(values: Tensor) -> bool:
+    """Whether the host may look at values on the way: they are its own, and no graph is made."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def blocked_pairs(documents: Tensor, num_queries: int) -> Tensor:

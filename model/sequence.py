@@ -48,8 +48,9 @@ class SequenceContext:
         use_cache: bool = False,
     ) -> SequenceContext:
         """Context of rows of `length` tokens whose first token has index `start` (int or (B,))."""
-        offset = torch.as_tensor(start, device=device, dtype=torch.int64).reshape(-1, 1)
-        positions = offset + torch.arange(length, device=device)  # (1 or B, T)
+        # A number goes into the launch; as a tensor it would be copied, which no graph may hold.
+        offset = start.to(device).reshape(-1, 1) if isinstance(start, Tensor) else start
+        positions = torch.arange(length, device=device) + offset  # (T,) or (B, T)
         return cls(
             positions=positions.expand(batch_size, length),
             reset_mask=reset_mask,

@@ -210,7 +210,7 @@ class SigmaLLM(SigmaTrunk):
         initialize(self, config, seed=seed)
         self.kernel_backend = "torch"
         self.ternary_statistics = TernaryStatistics()
-        self.cache_counts = (0, 0)
+        self.cache_counts = [0, 0]
 
     @property
     def head_weight(self) -> Tensor:
@@ -310,7 +310,7 @@ class SigmaLLM(SigmaTrunk):
         cache = TernaryCache()
         with cache.held():
             yield cache
-        self.cache_counts = (cache.hits, cache.invalidations)
+        self.cache_counts = [cache.hits, cache.invalidations]
 
     def metrics(self) -> dict[str, float]:
         """Figures of the bitlinear, mla, diff_attn, mamba, moe and eng families. Synchronises.

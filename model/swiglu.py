@@ -256,7 +256,12 @@ def swiglu(
 
         with torch.autocast(device_type, enabled=False):
             return ternary_swiglu(
-                x, weight_in, weight_out, settings=settings, plan=plan, gates=gates, dtype=dtype
+                *(x, weight_in, weight_out),
+                sub_norm=settings.sub_norm,
+                eps=settings.eps,
+                plan=plan,
+                gates=gates,
+                dtype=dtype,
             )
     values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     with torch.autocast(device_type, enabled=False):

@@ -33,7 +33,6 @@ from model.expert_kernels import (
 from model.launch import Tiles, cdiv, device_capability, launcher, power_of_two
 from model.launch_table import measured_tiles
 from model.opaque import apply_opaque
-from model.swiglu import SwigluSettings
 from model.ternary_linear import (
     TernaryWeight,
     gradient_tiles,
@@ -228,11 +227,12 @@ class _TernarySwiglu(torch.autograd.Function):
         codes_in: TernaryWeight,
         codes_out: TernaryWeight,
         groups: RowGroups | None,
-        settings: SwigluSettings,
+        sub_norm: bool,
+        eps: float,
         dtype: torch.dtype,
     ) -> Tensor:
         x_codes, x_step = quantize_rows(x)
-        norm = {"sub_norm": settings.sub_norm, "eps": settings.eps}
+        norm = {"sub_norm": sub_norm, "eps": eps}
         given = {"a_scale": x_step, "b_scale": codes_in.scale, "dtype": dtype}
         if groups is None:
             gate_up = int8_product(x_codes, codes_in.codes, **given)
@@ -251,7 +251,7 @@ class _TernarySwiglu(torch.autograd.Function):
             *(x_codes, x_step, gate_up, codes, step, rate, gates),
             *(codes_in.codes_t, codes_in.scale, codes_out.codes_t, codes_out.scale),
         )
-        ctx.groups, ctx.settings, ctx.dtype = groups, settings, dtype
+        ctx.groups, ctx.sub_norm, ctx.dtype = groups, sub_norm, dtype
         ctx.dtypes = (x.dtype, weight_in.dtype, weight_out.dtype)
         return y
 
@@ -264,7 +264,7 @@ class _TernarySwiglu(torch.autograd.Function):
             grad_x,
             None if grad_in is None else grad_in.to(ctx.dtypes[1]),
             None if grad_out is None else grad_out.to(ctx.dtypes[2]),
-            *(grad_gates, None, None, None, None, None),
+            *(grad_gates, None, None, None, None, None, None),
         )
 
 
@@ -278,7 +278,7 @@ def _backward_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_codes, grad_step = quantize_rows(grad, scale_out)
     grad_hidden = int8_product(grad_codes, out_t, a_scale=grad_step, b_scale=None, dtype=ctx.dtype)
     grad_gate_up, _ = activation_gradient(
-        grad_hidden, gate_up, codes, step, rate, None, sub_norm=ctx.settings.sub_norm
+        grad_hidden, gate_up, codes, step, rate, None, sub_norm=ctx.sub_norm
     )
     if needs_out:
         grad_out = weight_gradient(grad, codes, step, in_bf16=in_bf16)
@@ -307,7 +307,7 @@ def _backward_groups(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_hidden = grouped_int8_product(grad_codes, out_t, groups, a_scale=grad_step, **given)
     gate_of_row = gates.flatten()[groups.slot_of_row]
     grad_gate_up, grad_gate_of_row = activation_gradient(
-        grad_hidden, gate_up, codes, step, rate, gate_of_row, sub_norm=ctx.settings.sub_norm
+        grad_hidden, gate_up, codes, step, rate, gate_of_row, sub_norm=ctx.sub_norm
     )
     if needs_gates and grad_gate_of_row is not None:
         grad_gates = grad_gate_of_row[groups.row_of_slot].to(gates.dtype)
@@ -333,13 +333,15 @@ def ternary_swiglu(
     weight_in: Tensor,
     weight_out: Tensor,
     *,
-    settings: SwigluSettings,
+    sub_norm: bool,
+    eps: float,
     plan: DispatchPlan | None,
     gates: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`swiglu` on int8 products; arguments as there, `dtype` of [a, b] and of the rows' outputs.
+    """`swiglu` on int8 products; arguments as there, sub_norm and eps as its settings have them.
 
+    dtype: of [a, b] and of the rows' outputs.
     fp32 `dtype` gets fp32 weight gradient products, a 16-bit one products in bf16 with fp32 sums.
     """
     weights = [
@@ -348,5 +350,5 @@ def ternary_swiglu(
     ]
     groups = None if plan is None else RowGroups.create(plan)
     return apply_opaque(
-        _TernarySwiglu, x, weight_in, weight_out, gates, *weights, groups, settings, dtype
+        _TernarySwiglu, x, weight_in, weight_out, gates, *weights, groups, sub_norm, eps, dtype
     )

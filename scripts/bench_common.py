@@ -57,7 +57,8 @@ class Case:
 @dataclass(slots=True, kw_only=True, frozen=True)
 class BenchOptions:
     """rounds per case; threads of torch; clock "cpu" or "wall"; only: part of a case's name;
-    compiled: whether ways under torch.compile are measured, which takes minutes.
+    compiled: whether ways under torch.compile are measured, which takes minutes. resumes: whether
+    cases that the file has are left as they are.
     """
 
     rounds: int
@@ -66,6 +67,7 @@ class BenchOptions:
     device: torch.device
     only: str = ""
     compiled: bool = True
+    resumes: bool = False
 
     def now(self) -> float:
         """Seconds on the chosen clock, after the device has done its work."""
@@ -84,6 +86,9 @@ def parse_options(description: str, arguments: Sequence[str]) -> tuple[BenchOpti
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds TEXT")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows of --json's file, measure the others"
+    )
     given = parser.parse_args(arguments)
     if given.rounds < FEWEST_ROUNDS:
         raise ValueError(
@@ -103,7 +108,10 @@ def parse_options(description: str, arguments: Sequence[str]) -> tuple[BenchOpti
         device=torch.device(device),
         only=given.only,
         compiled=not given.no_compile,
+        resumes=given.resume,
     )
+    if given.resume and given.json is None:
+        raise ValueError("--resume continues a file: name it with --json")
     return options, given.json
 
 
@@ -117,14 +125,16 @@ def run_bench(
         options, output = parse_options(
             description, sys.argv[1:] if arguments is None else arguments
         )
+        head = describe_run(description, options)
+        kept, parts = kept_rows(output, head) if options.resumes else ([], [])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     started = time.perf_counter()
-    head = describe_run(description, options)
     ceilings = measure_ceilings(options)
+    measured = {(row["bench"], row["case"]) for row in kept}
     rows: list[dict[str, Any]] = []
 
     def record(*, complete: bool) -> None:
@@ -133,22 +143,43 @@ def run_bench(
             "ceilings": ceilings,
             "load_after": load_average(),
             "seconds": round(time.perf_counter() - started, 1),
-            "rows": [state_share(row, ceilings) for row in rows],
+            "earlier_parts": parts,
+            "rows": [*kept, *(state_share(row, ceilings) for row in rows)],
         }
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     for case in cases(options):
-        if options.only in f"{case.bench} {case.name}":
+        is_known = (case.bench, case.name) in measured
+        if options.only in f"{case.bench} {case.name}" and not is_known:
             rows += measure_case(case, options)
             for row in rows[-len(case.ways) :]:
-                print(json.dumps(row), flush=True)
+                print(json.dumps(state_share(row, ceilings)), flush=True)
             record(complete=False)  # a run that is stopped keeps what it has measured
     later = measure_ceilings(options)
     ceilings = {name: max(ceilings[name], later[name]) for name in ceilings}
     record(complete=True)
     return int(any("failed" in row for row in rows))
+
+
+def kept_rows(
+    output: Path | None, head: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the cases that the file has in full, and when and under what they were measured.
+
+    ValueError when the file comes from another machine, other versions or another way to measure.
+    """
+    if output is None or not output.is_file():
+        return [], []
+    before = json.loads(output.read_text(encoding="utf-8"))
+    for name in ("what", "machine", "versions", "threads", "clock", "rounds"):
+        if before[name] != head[name]:
+            raise ValueError(f"{output} was measured with another {name}: leave --resume out")
+    part = {name: before[name] for name in ("date", "ceilings", "load_before", "load_after")}
+    failed = {(row["bench"], row["case"]) for row in before["rows"] if "failed" in row}
+    rows = [row for row in before["rows"] if (row["bench"], row["case"]) not in failed]
+    return rows, [*before.get("earlier_parts", []), part]
 
 
 def describe_run(description: str, options: BenchOptions) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     python scripts/bench_cpu.py --json bench/results/cpu.json
 
-About eight minutes on an idle machine. GPU rows are listed as not measured.
+About eight minutes on an idle core. Stopped, `--resume` goes on with the cases that are missing;
+`--only decoding` measures those. GPU rows are listed as not measured.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python scripts/bench_operations.py --json bench/results/operations_cpu.json
 
-Decoding: one row, greedy, against the same network in full precision; once from ternary codes that
-are there, as a packed model has them, once with all weights rounded before the first token. Cross
+Decoding: one row, greedy, by the token step (model/decode.py), against the same network in full
+precision; once from ternary codes that are there, as a packed model has them, once by its blocks as
+in training, once with all weights rounded before the first token. Cross
 entropy: forward and backward of head and loss. Optimizers: the quickstart's own matrices and
 tables.
 """
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,13 +46,18 @@ def cases(options: BenchOptions) -> list[Case]:
 
 
 def decoding_case(options: BenchOptions, size: str) -> Case:
-    def decode(*, held: bool, **changes: object) -> Run:
+    def decode(*, held: bool = True, by_blocks: bool = False, **changes: object) -> Run:
         model = token_model(options.device, *SIZES[size], **changes).eval()
         prompt = torch.zeros(1, 8, dtype=torch.int64, device=options.device)
         cache = TernaryCache()
+        no_step = mock.patch("model.sigma_llm.token_step", lambda *args: None)
 
         def run() -> None:
-            with torch.inference_mode(), cache.held() if held else nullcontext():
+            with (
+                torch.inference_mode(),
+                cache.held() if held else nullcontext(),
+                no_step if by_blocks else nullcontext(),
+            ):
                 generate(model, prompt, max_new_tokens=DECODED, temperature=0.0)
 
         return run
@@ -61,8 +68,9 @@ def decoding_case(options: BenchOptions, size: str) -> Case:
         unit="tokens/s",
         amount=DECODED,
         ways={
-            "SIGMA, ternary codes": lambda: decode(held=True),
-            "the same in fp32": lambda: decode(held=True, quant_mode="none"),
+            "SIGMA, ternary codes": decode,
+            "the same in fp32": lambda: decode(quant_mode="none"),
+            "by its blocks": lambda: decode(by_blocks=True),
             "ternary codes made first": lambda: decode(held=False),
         },
     )

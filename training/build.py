@@ -32,6 +32,7 @@ from training.features.base import Feature, FeatureSet
 from training.instant import apply_instant
 from training.integrity_guards import check_steps
 from training.micro_batch import MicroBatchPlan
+from training.micro_pass import EagerPass, MicroPass
 from training.optimizer import OptimizerSet, state_settings
 from training.optimizer import build_optimizer as optimizer_for
 from training.probe import Probe, hold_out, probe_batches
@@ -45,6 +46,7 @@ from training.runtime.environment import (
     config_hash,
     configure_threads,
     keep_freed_memory,
+    require_cuda_graphs,
     require_kernel_backend,
     resolve_device,
     seed_everything,
@@ -64,6 +66,7 @@ from training.runtime.watchdog import HangWatchdog
 from training.sigma_trainer import SigmaTrainer
 from training.sources.embedded import reference_bits_per_byte
 from training.spare_memory import within_memory
+from training.step_graph import CudaGraphs, StepGraph
 from training.stream.batch import BatchStream
 from training.stream.open_stream import deciding_flags
 from training.tokenizer import Tokenizer
@@ -244,6 +247,7 @@ def build_trainer(
     )
     stream = build_stream(config, tokenizer, corpus)
     clock = build_clock(config, display, device)
+    scaler = build_scaler(config, device)
     services = RunServices(
         clock=clock,
         store=store,
@@ -253,13 +257,12 @@ def build_trainer(
         watchdog=build_watchdog(config, display),
         recorder=recorder,
         audit=guards,
-        scaler=build_scaler(config, device),
-        autocast=build_autocast(config, device),
+        scaler=scaler,
         evaluate=build_evaluator(config, corpus, device, say=display.message),
         sample=build_sampler(config, tokenizer, device, say=display.message),
         on_open=lambda: (write_resolved(config, Path(config.run.output_dir)), guards.open()),
         report=ReportRefresher(write_report, say=display.message),
-        forward_model=build_forward(config, model),
+        passes=build_passes(config, model, scaler, device),
         start_facts=start_facts(config, model),
         config_hash=config_hash(config),
         policy=build_policy(config),
@@ -286,6 +289,7 @@ def prepare_process(config: SigmaConfig) -> torch.device:
         check_symbols()
     device = resolve_device(config)
     require_kernel_backend(config, device)
+    require_cuda_graphs(config, device)
     configure_threads()
     keep_freed_memory()
     seed_everything(config.run.seed)
@@ -343,6 +347,17 @@ def build_forward(config: SigmaConfig, model: nn.Module) -> Callable[..., Any]:
         mode=precision.torch_compile_mode,
         dynamic=precision.torch_compile_dynamic,
     )
+
+
+def build_passes(
+    config: SigmaConfig, model: nn.Module, scaler: torch.amp.GradScaler, device: torch.device
+) -> MicroPass:
+    """Forward and backward of the micro-batches, by graphs if they are asked for."""
+    autocast = build_autocast(config, device)
+    eager = EagerPass(model=build_forward(config, model), autocast=autocast, scaler=scaler)
+    if config.precision.cuda_graphs == "off":
+        return eager
+    return StepGraph(eager, model=model, graphs=CudaGraphs(device))
 
 
 def start_facts(config: SigmaConfig, model: SigmaLLM) -> dict[str, Any]:

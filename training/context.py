@@ -7,6 +7,7 @@ tree. What it may change in which phase is written in `training/features/base.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,7 @@ class StepContext:
     trials: of overlays over the configuration (training/overlay_trials.py); None without them.
     hydra: the adapters per domain; None without them.
     policy: what controllers change between steps, by factors, and the token of experiments.
+    span: charges the block to a span of the clock that is not one of training.
     rng: generator of the feature that is being called, derived from the seed and its name.
     """
 
@@ -58,6 +60,7 @@ class StepContext:
     trials: Any = None
     hydra: HydraService | None = None
     policy: RunPolicy = field(default_factory=RunPolicy)
+    span: Callable[[str], AbstractContextManager[Any]] = nullcontext
     rng: torch.Generator | None = None
     micro: int = 0
     batch: Batch | None = None

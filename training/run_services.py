@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from training.audit import RunAudit
 from training.hydra_service import HydraService
 from training.micro_batch import MicroBatchPlan
+from training.micro_pass import MicroPass
 from training.overlay_trials import OverlayTrials
 from training.probe import Probe
 from training.replay.causal_replay import CausalReplay
@@ -33,13 +33,13 @@ class RunServices:
 
     clock: times the phases of a step. saves: when to save, and what becomes of a save that fails.
     plan: rows per micro-batch; short memory makes it finer. memory, watchdog: asked for relief, and
-    told that the run is alive, at every step. audit: guards that watch and never steer. autocast:
-    context of every forward. evaluate, sample: columns of an evaluation, and text the model writes
-    now; None without memory. on_open: called once the run directory is locked (the resolved
-    settings). report: refreshed after saves. forward_model: the model, or its compiled form.
-    probe: held-out training text, where a feature decides by it. rl: learner from rewards, if any.
-    replay: of completions that passed, if any. trials: of overlays, between steps. hydra: adapters
-    per domain. policy: what controllers change.
+    told that the run is alive, at every step. audit: guards that watch and never steer. scaler: of
+    the loss, which passes apply and the update takes off. evaluate, sample: columns of an
+    evaluation, and text the model writes now; None without memory. on_open: called once the run
+    directory is locked (the resolved settings). report: refreshed after saves. passes: forward and
+    backward of a micro-batch. probe: held-out training text, where a feature decides by it. rl:
+    learner from rewards, if any. replay: of completions that passed, if any. trials: of overlays,
+    between steps. hydra: adapters per domain. policy: what controllers change.
     """
 
     clock: PhaseClock
@@ -51,12 +51,11 @@ class RunServices:
     recorder: RunRecorder
     audit: RunAudit
     scaler: torch.amp.GradScaler
-    autocast: Callable[[], AbstractContextManager[Any]]
     evaluate: Callable[[nn.Module], dict[str, float | None]]
     sample: Callable[[nn.Module], str | None]
     on_open: Callable[[], object]
     report: ReportRefresher
-    forward_model: Callable[..., Any]
+    passes: MicroPass
     start_facts: dict[str, Any]
     config_hash: str
     policy: RunPolicy

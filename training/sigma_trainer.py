@@ -124,7 +124,7 @@ class SigmaTrainer:
                 with self.clock("features"):
                     self.features.run("on_losses", ctx)
                 with self.clock("backward"):
-                    self.services.scaler.scale(ctx.total_loss() / accumulation).backward()
+                    self.services.passes.backward(ctx.total_loss, parts=accumulation)
         with self.clock("features"):
             self.features.run("before_optim", ctx)
         if not self.update(ctx, position):
@@ -146,19 +146,16 @@ class SigmaTrainer:
         ctx.mixture, ctx.probe = self.stream.mixture, self.services.probe
         ctx.rl, ctx.replay = self.services.rl, self.services.replay
         ctx.trials, ctx.hydra = self.services.trials, self.services.hydra
-        ctx.policy = self.services.policy
+        ctx.policy, ctx.span = self.services.policy, self.clock
         ctx.log("lr", optim.lr * factor)
         return ctx
 
     def forward(self, ctx: StepContext) -> None:
-        batch = ctx.batch
-        assert batch is not None
-        with self.services.autocast():
-            ctx.outputs = self.services.forward_model(
-                batch.input_ids, reset_mask=batch.reset_mask, labels=batch.labels
-            )
+        assert ctx.batch is not None
+        parts = self.plan.num_micro_batches
+        ctx.outputs = self.services.passes.forward(ctx.batch, micro=ctx.micro, parts=parts)
         ctx.losses, ctx.weights = {"lm": ctx.outputs.loss, **ctx.outputs.aux}, {}
-        share = ctx.outputs.loss.detach().float() / self.plan.num_micro_batches
+        share = ctx.outputs.loss.detach().float() / parts
         ctx.train_loss = share if ctx.train_loss is None else ctx.train_loss + share
 
     def update(self, ctx: StepContext, position: dict[str, Any]) -> bool:
@@ -283,6 +280,7 @@ class SigmaTrainer:
             **self.features.metrics(),
             **self.services.audit.metrics(),
             **self.stream.metrics(),
+            **self.services.passes.metrics(),
             "checkpoint_step": self.services.store.last_saved_step,
             "checkpoint_save_s": self.services.store.last_save_seconds,
             "steps_skipped": len(self.guard.skipped),
@@ -320,6 +318,7 @@ class SigmaTrainer:
         step, split = self.step + 1, 2 * self.plan.split
         self.optimizer.zero_grad()
         self.model.discard_step()
+        self.services.passes.forget()
         clear_caches()
         if self._updating:
             # Weights or moments may be half way: only a checkpoint knows them as they were.

@@ -142,9 +142,42 @@ def test_a_failed_row_is_a_failed_bench(monkeypatch):
         torch.set_num_threads(threads)
 
 
+def test_a_stopped_bench_goes_on_with_the_cases_that_are_missing(tmp_path, monkeypatch, capsys):
+    peak = {"product_gflops": 1.0, "copy_gb_per_s": 1.0}
+    monkeypatch.setattr(bench_common, "measure_ceilings", lambda options: peak)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    work, output = PlayedWork(monkeypatch), tmp_path / "r.json"
+
+    def stop():
+        raise KeyboardInterrupt
+
+    def bench(second, *more):
+        ways = {"first": {"a": work.way("a", 1.0)}, "second": {"b": second}}
+        cases = [
+            Case(bench="b", name=name, unit="x/s", amount=1.0, ways=way)
+            for name, way in ways.items()
+        ]
+        return run_bench("What.", lambda options: cases, ["--json", str(output), *more])
+
+    with pytest.raises(KeyboardInterrupt):
+        bench(stop)
+    measured, work.calls = len(work.calls), []
+    assert measured and bench(work.way("b", 1.0), "--resume") == 0
+    assert set(work.calls) == {"b"}
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["case"] for row in result["rows"]] == ["first", "second"] and result["complete"]
+    assert [part["ceilings"] for part in result["earlier_parts"]] == [peak]
+    assert bench(stop, "--resume", "--rounds", "8") == 2
+    assert "another rounds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--rounds", "6"], "--rounds 6"), (["--device", "cuda"], "--device")],
+    [
+        (["--rounds", "6"], "--rounds 6"),
+        (["--device", "cuda"], "--device"),
+        (["--resume"], "--resume"),
+    ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

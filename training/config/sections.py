@@ -243,6 +243,11 @@ class PrecisionConfig:
     mamba_block_n: int = flag(
         0, "Its tile over state entries; 0 = by device and shape.", minimum=0, maximum=128
     )
+    cuda_graphs: str = flag(
+        "off",
+        "Capture forward and backward of a micro-batch as CUDA graphs and replay them.",
+        choices=("off", "on"),
+    )
     torch_compile: bool = flag(False, "Compile the model; hand-written gradients stay as they are.")
     torch_compile_backend: str = flag("inductor", "Compiler back end.")
     torch_compile_mode: str = flag("default", "Compiler mode.")
@@ -277,7 +282,7 @@ class InstantConfig:
     mode: str = flag(
         "auto",
         "Activation memory: auto = reverse Mamba blocks and compress the others (off with "
-        "--torch-compile); reversible, compress: all blocks; off.",
+        "--torch-compile and --cuda-graphs on); reversible, compress: all blocks; off.",
         choices=("auto", "reversible", "compress", "off"),
     )
     comp_dim: int = flag(

@@ -108,6 +108,7 @@ class SigmaConfig:
             setattr(part, flag.field, flag.check(getattr(part, flag.field)))
         self._validate_run()
         self._validate_kernels()
+        self._validate_graphs()
         self._validate_optim()
         self._validate_credit()
         self._validate_rl()
@@ -147,6 +148,30 @@ class SigmaConfig:
                 raise ConfigError(f"{asked} needs --kernel-backend triton; else give {asked} 0")
             if size and self.fractal.interval_steps:
                 raise ConfigError(f"--fractal-interval-steps chooses what {asked} fixes: drop one")
+
+    def _validate_graphs(self) -> None:
+        """What cannot be captured: steps that differ, and steps that wait for the host."""
+        if self.precision.cuda_graphs == "off":
+            return
+        model, own = self.model, self.precision
+        one_scale = model.quant_mode != "none" and not model.bitlinear_group_size
+        in_kernels = own.kernel_backend == "triton" and one_scale
+        problems = {
+            "a step as it is written, which compiling replaces: add --no-torch-compile": (
+                own.torch_compile
+            ),
+            "activations that are kept whole: add --instant-mode off": self.instant_mode() != "off",
+            "no loss that only some steps have: add --no-causal-replay-enabled": self.replays(),
+            "no search over networks: drop --fractal-arch-search": self.fractal.arch_search,
+            "experts only if nothing waits for their loads: add --moe-dispatch-mode grouped "
+            "--kernel-backend triton --quant-mode bitnet_1_58 --bitlinear-group-size 0": (
+                model.n_routed_experts > 0
+                and not (model.moe_dispatch_mode == "grouped" and in_kernels)
+            ),
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise ConfigError(f"--cuda-graphs on captures {problem}, or give --cuda-graphs off")
 
     def _validate_optim(self) -> None:
         optim = self.optim
@@ -282,9 +307,10 @@ class SigmaConfig:
         return bool(self.ttrl.families(math=False, code=self.verifier.code_enabled))
 
     def instant_mode(self) -> str:
-        """`--instant-mode` as it will be: auto is off under torch.compile, which plans memory."""
-        mode = self.instant.mode
-        return "off" if mode == "auto" and self.precision.torch_compile else mode
+        """`--instant-mode` as it will be: auto is off where something else plans the memory."""
+        mode, precision = self.instant.mode, self.precision
+        planned = precision.torch_compile or precision.cuda_graphs == "on"
+        return "off" if mode == "auto" and planned else mode
 
     def _validate_instant(self) -> None:
         mode = self.instant.mode

@@ -69,7 +69,8 @@ class FractalNasFeature(Feature):
 
     def after_step(self, ctx: StepContext) -> bool:
         """Try the next tile."""
-        arm = self._try_one()
+        with ctx.span("fractal"):
+            arm = self._try_one()
         if arm is None:
             return False
         tuner = self._tuner

@@ -103,6 +103,7 @@ def phase_columns(seconds: Mapping[str, float]) -> dict[str, float]:
         "phase_train_other_s": other,
         "phase_ttrl_s": seconds.get("ttrl", 0.0),
         "phase_hydra_s": seconds.get("hydra", 0.0),
+        "phase_fractal_s": seconds.get("fractal", 0.0),
     }
 
 

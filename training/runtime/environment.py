@@ -167,6 +167,13 @@ def require_kernel_backend(config: SigmaConfig, device: torch.device) -> None:
         raise EnvironmentProblem(f"{asked}: Triton needs a GPU and this run is on the CPU", mend)
 
 
+def require_cuda_graphs(config: SigmaConfig, device: torch.device) -> None:
+    """EnvironmentProblem if `--cuda-graphs on` cannot be had from this device."""
+    if config.precision.cuda_graphs == "on" and device.type != "cuda":
+        found = f"--cuda-graphs on: graphs need a CUDA device and this run is on the {device.type}"
+        raise EnvironmentProblem(found, "give --cuda-graphs off, or a --device cuda")
+
+
 def autocast_dtype(config: SigmaConfig, device: torch.device) -> torch.dtype | None:
     """Autocast type of the forward; None = fp32 without autocast. fp16 needs a GradScaler.
 

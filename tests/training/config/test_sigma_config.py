@@ -89,7 +89,7 @@ ADDED = {
     "--probe-held-out", "--ttrl-tasks", "--sigma-rl-lr", "--sigma-rl-placebo",
     "--verifier-eval-tasks", "--ttrl-task-families", "--verifier-symbolic-engine",
     "--fractal-genome", "--self-evolve-shuffled", "--self-improver-shuffled", "--uroboros-placebo",
-    "--causal-replay-shuffled", "--hydra-tasks", "--hydra-placebo",
+    "--causal-replay-shuffled", "--hydra-tasks", "--hydra-placebo", "--cuda-graphs",
 }  # fmt: skip
 
 

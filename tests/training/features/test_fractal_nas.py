@@ -57,6 +57,7 @@ def test_trials_are_made_at_their_interval_and_counted(tmp_path):
     assert [row["fractal_trials"] for row in tried] == [2, 3, 4]
     assert rows[-1]["feature_fractal_nas_effective_calls"] == 4  # one at the start
     assert rows[-1]["fractal_rejected_arms"] == 0
+    assert {row["step"] for row in rows[1:] if row["phase_fractal_s"] > 0.0} == {4, 8, 12}
     assert 0.0 < rows[-1]["fractal_reward"] <= 1.0
 
 
