@@ -341,8 +341,8 @@ def ternary_swiglu(
 ) -> Tensor:
     """`swiglu` on int8 products; arguments as there, sub_norm and eps as its settings have them.
 
-    dtype: of [a, b] and of the rows' outputs.
-    fp32 `dtype` gets fp32 weight gradient products, a 16-bit one products in bf16 with fp32 sums.
+    dtype: of [a, b] and of the rows' outputs; fp32 gets fp32 weight gradient products, a 16-bit
+    type products in bf16 with fp32 sums.
     """
     weights = [
         cached("int8", (weight,), 0, lambda weight=weight: ternarize_rows(weight))

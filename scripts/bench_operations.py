@@ -4,9 +4,8 @@
 
 Decoding: one row, greedy, by the token step (model/decode.py), against the same network in full
 precision; once from ternary codes that are there, as a packed model has them, once by its blocks as
-in training, once with all weights rounded before the first token. Cross
-entropy: forward and backward of head and loss. Optimizers: the quickstart's own matrices and
-tables.
+in training, once with all weights rounded before the first token. Cross entropy: forward and
+backward of head and loss. Optimizers: the quickstart's own matrices and tables.
 """
 
 from __future__ import annotations

@@ -5,12 +5,14 @@ runs nothing else, so whatever Python decided during the capture stays decided. 
 work: what it wrote outside is put back, random numbers too, and what it made holds NaN until the
 first replay. What a capture forbids raises: reading values on the host, shapes that depend on
 values, copying numbers of the host to the device. Triton kernels (interpreted) are launches, too.
+Memory of the pool that nobody held when a capture began may be given to it: its replays spoil it.
 
-Not emulated: streams, and memory that a pool gives to several tensors in turn.
+Not emulated: streams, and memory that is given to several tensors within one capture.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -56,29 +58,59 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
 
 
-def _same_memory(values: Any) -> Any:
-    """The tensors' memory under another name: writes to it leave the version of the first alone."""
-    return tree_map(lambda v: v.data if isinstance(v, Tensor) else v, values)
+class _Pool:
+    """Memory that captures made, under names of the emulator's own."""
+
+    def __init__(self) -> None:
+        self.born: dict[int, Tensor] = {}
+        self._num_names: Counter[int] = Counter()
+
+    def name(self, values: Any) -> Any:
+        """The same memory: writes to it leave the versions of the given tensors alone."""
+
+        def named(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            self._num_names[_storage(value)] += 1
+            return value.data
+
+        return tree_map(named, values)
+
+    def unheld(self) -> list[Tensor]:
+        """What is kept by nothing but the emulator."""
+        return [v for k, v in self.born.items() if _holders(v) == self._num_names[k]]
+
+
+def _holders(value: Tensor) -> int:
+    """Tensors that share the memory; asking is one of the holders."""
+    return torch._C._storage_Use_Count(_storage(value)) - 1
+
+
+def _spoil(value: Tensor) -> None:
+    """NaN in every floating type."""
+    torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).fill_(255)
 
 
 class EmulatedGraph:
-    """What one capture recorded."""
+    """What one capture recorded. overwrites: memory that a replay may find given to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, overwrites: list[Tensor]) -> None:
+        self.overwrites = overwrites
         self.launches: list[Callable[[], None]] = []
-        self.num_replays = 0
 
     @torch.no_grad()
     def replay(self) -> None:
-        self.num_replays += 1
+        for value in self.overwrites:
+            _spoil(value)
         for launch in self.launches:
             launch()
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, graph: EmulatedGraph) -> None:
+    def __init__(self, graph: EmulatedGraph, pool: _Pool) -> None:
         super().__init__()
         self._graph = graph
+        self._pool = pool
         self._born: dict[int, Tensor] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -95,10 +127,10 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         known = {_storage(value) for value in _tensors((args, kwargs))}
         fresh = [v for v in _tensors(result) if _storage(v) not in known]
-        self._born |= {_storage(value): value.data for value in fresh}
+        self._born |= {_storage(value): self._pool.name(value) for value in fresh}
         is_empty = "empty" in name
         if (fresh and not is_empty) or written:
-            self._record(func, _same_memory((args, kwargs)), _same_memory(result), known)
+            self._record(func, self._pool.name((args, kwargs)), self._pool.name(result), known)
         return result
 
     def _remember(self, written: list[Tensor]) -> None:
@@ -122,8 +154,8 @@ class _Recorder(TorchDispatchMode):
 
     def record_kernel(self, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """A Triton kernel; it may write to any of its arguments."""
-        args, kwargs = _same_memory((args, kwargs))
         self._remember(_tensors((args, kwargs)))
+        args, kwargs = self._pool.name((args, kwargs))
         run(*args, **kwargs)
         self._graph.launches.append(lambda: run(*args, **kwargs))
 
@@ -132,7 +164,8 @@ class _Recorder(TorchDispatchMode):
         for whole, before in self._before.values():
             whole.copy_(before)
         for value in self._born.values():
-            torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).fill_(255)
+            _spoil(value)
+        self._pool.born |= self._born
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
@@ -145,22 +178,21 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 class EmulatedGraphs:
-    """The part of `training.step_graph.Graphs`; counts what it was asked for."""
+    """The `training.step_graph.Graphs` of no device."""
 
     def __init__(self) -> None:
-        self.graphs: list[EmulatedGraph] = []
-        self.num_renewals = 0
+        self.renew()
 
     def warm_up(self) -> Any:
         return nullcontext()
 
     def renew(self) -> None:
-        self.num_renewals += 1
+        self._pool = _Pool()
 
     @contextmanager
     def capture(self) -> Iterator[EmulatedGraph]:
-        graph = EmulatedGraph()
-        recorder, random = _Recorder(graph), torch.get_rng_state()
+        graph = EmulatedGraph(self._pool.unheld())
+        recorder, random = _Recorder(graph, self._pool), torch.get_rng_state()
         try:
             with ExitStack() as stack:
                 stack.enter_context(_kernels_recorded(recorder))
@@ -170,7 +202,6 @@ class EmulatedGraphs:
         finally:
             recorder.undo()
             torch.set_rng_state(random)
-        self.graphs.append(graph)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ FITTING = {
         lambda widths: ",".join(map(repr, widths))
     ),
     "fractal.genome": st.just(""),  # whether one fits depends on all widths
+    "precision.cuda_graphs": st.just("off"),  # whether they can be on depends on ten others
     "self_evolve.ttrl_interval_min": st.integers(1, 8),
     "self_evolve.ttrl_interval_max": st.integers(8, 10**6),
     "hydra.domains": st.sampled_from(["math,code,text", "text", "code,math"]),
