@@ -23,9 +23,10 @@ graphs of one pool); Transformer Engine, whose first micro-batch alone casts the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from traceback import walk_tb
 from typing import Any, Protocol
 
 import torch
@@ -38,8 +39,9 @@ from training.stream.batch import Batch
 
 WARM_UP_RUNS = 3  # micro-batches; torch's own number
 INPUTS = ("input_ids", "labels", "reset_mask")
-
-Named = dict[tuple[nn.Module, str], Tensor]
+BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}  # of torch
+PLAIN = frozenset((bool, int, float, str, tuple))
+LEFT_BEHIND = (list, set, dict, Tensor, type(None))
 
 
 class Graphs(Protocol):
@@ -69,10 +71,9 @@ class CudaGraphs:
     @contextmanager
     def capture(self) -> Iterator[torch.cuda.CUDAGraph]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads (saves, prefetch) may go on using the device meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        # Saves and prefetch, on other threads, may go on using the device meanwhile.
+        mode = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, pool=self._pool, **mode):
             yield graph
 
     def renew(self) -> None:
@@ -87,7 +88,7 @@ class _Pair:
 
     forward: Any
     outputs: Any
-    kept: Named
+    kept: dict[tuple[nn.Module, str], Tensor]
     backward: Any = None
 
 
@@ -103,6 +104,7 @@ class StepGraph:
 
     def forget(self) -> None:
         self._graphs.renew()
+        self._modules = tuple(self._model.modules())
         self._key: Hashable = None
         self._runs = 0
         self._first: _Pair | None = None
@@ -118,7 +120,7 @@ class StepGraph:
 
     def forward(self, batch: Batch, *, micro: int, parts: int) -> Any:
         if micro == 0:
-            self._begin_step((parts, batch.input_ids.shape, path_of(self._model)))
+            self._begin_step((parts, batch.input_ids.shape, path_of(self._modules)))
         self._load(batch)
         batch = replace(batch, **self._inputs)
         is_ready = self._is_begun if micro else self._runs >= WARM_UP_RUNS
@@ -140,8 +142,7 @@ class StepGraph:
                 self._eager.backward(total_loss, parts=parts)
             self._runs += 1
             return
-        if pair.backward is None:
-            self._capture_backward(pair, total_loss, parts)
+        pair.backward = pair.backward or self._capture_backward(pair, total_loss, parts)
         pair.backward.replay()
         self.num_replays += 1
         for param, gradient in self._gradients:
@@ -172,8 +173,8 @@ class StepGraph:
             outputs = self._eager.forward(batch, micro=micro, parts=parts)
         return _Pair(graph, outputs, before)
 
-    def _capture_backward(self, pair: _Pair, total_loss: Callable[[], Tensor], parts: int) -> None:
-        with self._capturing("backward") as pair.backward:
+    def _capture_backward(self, pair: _Pair, total_loss: Callable[[], Tensor], parts: int) -> Any:
+        with self._capturing("backward") as graph:
             self._eager.backward(total_loss, parts=parts)
         if pair is self._first:
             params = self._model.parameters()
@@ -182,6 +183,7 @@ class StepGraph:
         pair.kept = {place: v for place, v in now.items() if v is not before.get(place)}
         pair.outputs = detached(pair.outputs)
         self.num_captures += 1
+        return graph
 
     @contextmanager
     def _capturing(self, what: str) -> Iterator[Any]:
@@ -206,24 +208,28 @@ class StepGraph:
             ) from cause
 
 
-def path_of(model: nn.Module) -> Hashable:
-    """Equal for equal paths of Python through the model, over tensors at the same addresses.
+def path_of(modules: Iterable[nn.Module]) -> Hashable:
+    """Equal for equal paths of Python through the modules, over tensors at the same addresses.
 
-    Plain values of every module count as they are, objects by identity. Lists, dicts and tensors
-    are what a forward leaves behind.
+    Plain values of every module count as they are, objects by identity; lists, sets, dicts and
+    tensors are what a forward leaves behind.
     """
     values: list[Hashable] = []
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, bool | int | float | str | tuple):
+    for module in modules:
+        for name, value in vars(module).items():
+            if name in BOOKKEEPING:
+                continue
+            if type(value) in PLAIN:
                 values.append(value)
-            elif not isinstance(value, dict | list | Tensor | None):
+            elif not isinstance(value, LEFT_BEHIND):
                 values.append(id(value))
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple(values), tuple(tensor.data_ptr() for tensor in tensors)
+        values += map(id, module._modules.values())
+        for tensors in (module._parameters, module._buffers):
+            values += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
+    return tuple(values)
 
 
-def kept_tensors(model: nn.Module) -> Named:
+def kept_tensors(model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
     """Tensors that modules hold beside weights and buffers, by module and attribute."""
     return {
         (module, name): value
@@ -242,10 +248,8 @@ def detached(outputs: Any) -> Any:
 def module_in_traceback(error: BaseException, model: nn.Module) -> str | None:
     """Name and class of the innermost module of the model in which the error came up."""
     names = {id(module): name or "the model" for name, module in model.named_modules()}
-    found, trace = None, error.__traceback__
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if id(owner) in names:
-            found = f"{names[id(owner)]} ({type(owner).__name__})"
-        trace = trace.tb_next
-    return found
+    owners = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    found = [
+        f"{names[id(owner)]} ({type(owner).__name__})" for owner in owners if id(owner) in names
+    ]
+    return found[-1] if found else None

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -218,11 +219,8 @@ def _kernels_recorded(recorder: _Recorder) -> Iterator[None]:
         with torch._C.DisableTorchFunction(), _modes_off():
             recorder.record_kernel(lambda *a, **k: run(executor, *a, **k), args, kwargs)
 
-    GridExecutor.__call__ = launch
-    try:
+    with mock.patch.object(GridExecutor, "__call__", launch):
         yield
-    finally:
-        GridExecutor.__call__ = run
 
 
 def _modes_off() -> Any:
