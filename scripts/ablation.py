@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from scripts.placebos import PLACEBOS
 from training.build import build_trainer
 from training.config.cli import parse_args
 from training.runtime.clock import phase_columns
@@ -23,10 +24,14 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class Arm:
-    """A configuration under trial: what its flags add to the common ones."""
+    """A configuration under trial: what its flags add to the common ones.
+
+    placebo: which one of scripts/placebos.py the built run is given; "" = none.
+    """
 
     name: str
     flags: tuple[str, ...] = ()
+    placebo: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Arm:
@@ -68,6 +73,8 @@ class Lane:
         self.times: list[dict[str, float]] = []
         config = parse_args(flags)
         self.trainer: SigmaTrainer = build_trainer(config)
+        if arm.placebo:
+            PLACEBOS[arm.placebo](self.trainer)
         self._judges_average = config.generate.weights == "ema"
         self.trainer.services.recorder.open(metrics_offset=None)  # trials go back to its rows
         self.trainer.features.run("on_setup", replace(self.trainer.begin_step(), step=0))
