@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from scripts.ablate import SAME_COST, comparisons
+from scripts.ablate import SAME_COST
 from scripts.ablation import Arm, Outcome, run_side_by_side
 from scripts.bench_common import cpu_name, load_average
+from scripts.paired import Comparison, compare
 from scripts.placebos import PLACEBOS
 from training.config.cli import parse_args
 from training.runtime.environment import versions
@@ -110,6 +111,9 @@ class Plan:
         rivals = [row.against for row in self.rows if name in row.arms and row.against != name]
         return rivals[0] if rivals else name
 
+    def is_placebo(self, name: str) -> bool:
+        return any(row.placebo == name for row in self.rows)
+
     def key(self, name: str) -> str:
         """What a run of the arm depends on besides seed and steps."""
         arm = self.arms[name]
@@ -124,7 +128,7 @@ class Record:
         self._about = about
         self.runs: dict[str, dict[str, Any]] = {}
         self.costs: dict[str, float] = {}
-        self._read()
+        self._refresh()
 
     def outcome(self, key: str, *, seed: int, steps: int) -> Outcome | None:
         found = self.runs.get(key, {}).get(f"{seed}, {steps} steps")
@@ -148,7 +152,7 @@ class Record:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _take(lock)
         try:
-            self._read()
+            self._refresh()
             yield
             text = json.dumps(self._about | {"costs": self.costs, "runs": self.runs}, indent=1)
             part = self._path.with_suffix(".part")
@@ -157,7 +161,7 @@ class Record:
         finally:
             lock.unlink()
 
-    def _read(self) -> None:
+    def _refresh(self) -> None:
         if not self._path.is_file():
             return
         found = json.loads(self._path.read_text(encoding="utf-8"))
@@ -193,39 +197,65 @@ def equal_time_steps(plan: Plan, record: Record, name: str) -> int | None:
     return plan.steps if abs(cost - 1.0) < SAME_COST else max(1, round(plan.steps / cost))
 
 
-def result_of(plan: Plan, record: Record, row: Row) -> dict[str, Any]:
-    """Runs and comparisons of a row over the seeds that have them, as scripts/ablate.py's."""
-    tokens: dict[int, dict[str, Outcome]] = {}
-    timed: dict[int, dict[str, Outcome]] = {}
-    names = {"off": row.off, "on": row.on, "placebo": row.placebo}
-    names = {label: name for label, name in names.items() if name}
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Finding:
+    """A row's comparisons of `on`, None where runs are missing, and what its step costs over `off`.
+
+    The placebo does the same work in the same time, so equal tokens are equal time between it and
+    `on`.
+    """
+
+    tokens: Comparison | None
+    timed: Comparison | None
+    placebo: Comparison | None
+    cost: float | None
+    is_complete: bool
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return [part for part in (self.tokens, self.timed, self.placebo) if part is not None]
+
+
+def find(plan: Plan, record: Record, row: Row) -> Finding:
+    """What the record has for a row."""
+    tokens = _compared(plan, record, row, row.off, timed=False)
+    timed = _compared(plan, record, row, row.off, timed=True)
+    placebo = _compared(plan, record, row, row.placebo, timed=False)
+    wanted = [tokens, timed, *([placebo] if row.placebo else [])]
+    costs = [
+        1.0 if name == row.against else record.costs.get(pair_of(plan, name))
+        for name in (row.on, row.off)
+    ]
+    return Finding(
+        tokens=tokens,
+        timed=timed,
+        placebo=placebo,
+        cost=None if costs[0] is None or costs[1] is None else costs[0] / costs[1],
+        is_complete=all(part and part.num_seeds == len(plan.seeds) for part in wanted),
+    )
+
+
+def _compared(
+    plan: Plan, record: Record, row: Row, rival: str, *, timed: bool
+) -> Comparison | None:
+    """`on` less a rival, over the seeds that have both."""
+    if not rival:
+        return None
+    pairs = []
     for seed in plan.seeds:
-        for runs, steps in (
-            (tokens, dict.fromkeys(names, plan.steps)),
-            (timed, {label: _timed_steps(plan, record, row, names[label]) for label in names}),
-        ):
-            found = {
-                label: record.outcome(plan.key(name), seed=seed, steps=count)
-                for label, name in names.items()
-                if (count := steps[label]) is not None
-            }
-            whole = {label: outcome for label, outcome in found.items() if outcome is not None}
-            if len(whole) == len(names):
-                runs[seed] = whole
-    return {
-        "steps": plan.steps,
-        "is_complete": len(tokens) == len(timed) == len(plan.seeds),
-        "num_seeds": len(tokens),
-        "costs": {
-            label: record.costs.get(pair_of(plan, name)) if name != row.against else 1.0
-            for label, name in names.items()
-        },
-        "comparisons": comparisons(tokens, timed, names=list(names)) if tokens else {},
-    }
-
-
-def _timed_steps(plan: Plan, record: Record, row: Row, name: str) -> int | None:
-    return plan.steps if name == row.against else equal_time_steps(plan, record, name)
+        found = []
+        for name in (row.on, rival):
+            steps = equal_time_steps(plan, record, name) if timed else plan.steps
+            if timed and name == row.against:
+                steps = plan.steps
+            if steps is not None:
+                found.append(record.outcome(plan.key(name), seed=seed, steps=steps))
+        whole = [outcome.bpb for outcome in found if outcome is not None]
+        if len(whole) == 2:
+            pairs.append(whole)
+    if len(pairs) < 2:
+        return None
+    return compare([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
 
 
 def measure_cost(plan: Plan, name: str, directory: Path) -> float:
@@ -244,15 +274,16 @@ def make_runs(plan: Plan, record: Record, names: Sequence[str]) -> None:
     for seed in plan.seeds:
         for name in names:
             _make_run(plan, record, name, seed=seed, steps=plan.steps)
-    for name in names:
-        if plan.rival(name) == name or pair_of(plan, name) in record.costs:
+    dear = [name for name in names if plan.rival(name) != name and not plan.is_placebo(name)]
+    for name in dear:
+        if pair_of(plan, name) in record.costs:
             continue
         with tempfile.TemporaryDirectory() as directory:
             cost = measure_cost(plan, name, Path(directory))
         print(f"{name}: a step costs {cost:.3f} of {plan.rival(name)}'s", flush=True)
         record.add_cost(pair_of(plan, name), cost)
     for seed in plan.seeds:
-        for name in names:
+        for name in dear:
             steps = equal_time_steps(plan, record, name)
             assert steps is not None
             _make_run(plan, record, name, seed=seed, steps=steps)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,25 +56,42 @@ class Trials:
 def kills_of_a_run(trials: Trials) -> None:
     """R2: SIGKILL at random moments of runs that together hold every feature; after restarts all
     ends as in an unharmed run."""
-    from tests.integration.full_runs import SETTINGS, open_full, write_sources
+    from tests.integration.full_runs import SETTINGS
+
+    kill_runs(trials, list(SETTINGS))
+
+
+def kills_of_one_run(trials: Trials) -> None:
+    """R2 of one run that holds all that can be on at once: all but the adaptive mixture, programs
+    and tiles by the clock."""
+    from tests.integration.full_runs import WHOLE
+
+    kill_runs(trials, [WHOLE])
+
+
+def kill_runs(trials: Trials, names: Sequence[str]) -> None:
+    """Lives of these `full_runs` in turn, killed and restarted, each compared with its twin."""
+    from tests.integration.full_runs import open_full, write_sources
     from tests.integration.lives import begin_life, live_under_fire, reap
     from tests.integration.runs import differences, metrics_rows
 
     draw, sources = random.Random(trials.seed), write_sources(trials.home)
     calls: dict[str, int] = {}
     seconds: dict[str, float] = {}
-    for name in SETTINGS:
+    for name in names:
         started = time.monotonic()
         if reap(begin_life(open_full(name, trials.home / name, sources))):
             raise RuntimeError(f"the unharmed run failed: {name}")
         seconds[name] = time.monotonic() - started
-        for column, value in metrics_rows(trials.home / name)[-1].items():
-            if column.endswith("_effective_calls"):
+        row = metrics_rows(trials.home / name)[-1]
+        for column, value in row.items():
+            feature, _, counted = column.rpartition("_effective_")
+            if counted == "calls" and row[f"{feature}_enabled"]:
                 calls[column] = calls.get(column, 0) + value
-    trials.facts |= {"runs": 0, "effective calls": calls, "kills": dict.fromkeys(SETTINGS, 0)}
+    trials.facts |= {"runs": 0, "effective calls": calls, "kills": dict.fromkeys(names, 0)}
     trials.check(all(calls.values()), f"features without an effect: {calls}", count=0)
     while trials.open:
-        name = list(SETTINGS)[trials.facts["runs"] % len(SETTINGS)]
+        name = names[trials.facts["runs"] % len(names)]
         directory = trials.home / "harmed"
         hits = live_under_fire(
             open_full(name, directory, sources),
@@ -260,6 +277,7 @@ def stream_under_faults(trials: Trials) -> None:
 
 SUITES: dict[str, tuple[int, Callable[[Trials], None]]] = {
     "R2": (1000, kills_of_a_run),
+    "R2-one": (200, kills_of_one_run),
     "R3": (5000, power_losses),
     "R3-model": (5000, modelled_power_losses),
     "R6": (100_000, damaged_checkpoints),

@@ -1,4 +1,4 @@
-"""Small runs that together hold every feature but one, each long enough to act.
+"""Small runs that together hold every feature but one, each long enough to act; `WHOLE` most.
 
 One run cannot hold them all: the adaptive mixture needs several sources, probes the embedded text.
 Left out is fractal_nas: a run begins with the tile that earlier ones found the fastest, so one that
@@ -33,18 +33,21 @@ HYDRA = (
     "--hydra-rollback-interval", "5", "--hydra-steps-per-phase", "8", "--hydra-gate-tasks", "8",
     "--hydra-lora-lr", "0.01", "--merge-fold-into-backbone",
 )  # fmt: skip
+TRIALS = (
+    "--uroboros-enabled", "--uroboros-interval", "4", "--uroboros-trial-horizon-steps", "4",
+)  # fmt: skip
 LEFT_OUT = {"fractal_nas"}
+WHOLE = "everything on one text"
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "search, rule, credit and RL": (
+    WHOLE: (
         "--optimizer", "c3o", "--c3o-credit-enabled", "--c3o-probe-interval", "3",
         "--c3o-block-size", "512", "--c3o-credit-speed-weight", "0", "--probe-batches", "4",
         "--self-improver-enabled", "--self-improver-interval", "1",
         "--self-evolve-interval", "3", "--self-evolve-history", "4",
-        "--causal-replay-enabled", *RL, "--no-verifier-code-enabled", *HYDRA,
+        "--causal-replay-enabled", *RL, "--no-verifier-code-enabled", *HYDRA, *TRIALS,
     ),
     "trials beside RL with programs": (
-        "--optimizer", "muon", "--uroboros-enabled", "--uroboros-interval", "4",
-        "--uroboros-trial-horizon-steps", "4", *RL, "--ttrl-interval", "6",
+        "--optimizer", "muon", *TRIALS, *RL, "--ttrl-interval", "6",
     ),
     "adaptive mixture": (
         "--optimizer", "soap", "--soap-refresh", "3", "--data-backend", "local", "--num-workers",

@@ -1,52 +1,47 @@
-"""The table of ablations is what the results say, and a changed result shows."""
+"""The tables of ablations are what the results say, and a changed result shows."""
 
-import copy
+from dataclasses import replace
 
 import pytest
 
 from scripts import ablation_table
-from scripts.ablation_table import BEGIN, END, load_results, render
+from scripts.ablate_features import Finding, Row
+from scripts.ablation_table import BEGIN, END, line, look_up
 from scripts.bench_table import put_between
+from scripts.paired import Comparison
 
-PART = {"mean": -0.0123, "interval": [-0.02, -0.001], "num_seeds": 2, "verdict": "helps"}
-RESULT = {
-    "steps": 200,
-    "is_complete": True,
-    "equal_tokens": {
-        seed: {"off": {"seconds": 10.0}, "on": {"seconds": seconds}}
-        for seed, seconds in (("0", 11.0), ("1", 12.0))
-    },
-    "comparisons": {
-        "on": {
-            "equal tokens, against off": PART,
-            "equal time, against off": PART | {"mean": 0.5, "interval": [0.4, 0.6]},
-            "equal tokens, against placebo": PART,
-            "verdict": "harms",
-        }
-    },
-}
+PART = Comparison(mean=-0.0123, low=-0.02, high=-0.001, num_seeds=3)
+WORSE = Comparison(mean=0.5, low=0.4, high=0.6, num_seeds=3)
+FINDING = Finding(tokens=PART, timed=WORSE, placebo=PART, cost=1.15, is_complete=True)
+ROW = Row(feature="f", off="base", on="on", placebo="p")
 
 
-def test_the_document_holds_the_table_of_the_results():
-    assert load_results(ablation_table.RESULTS)
+def test_the_document_holds_the_tables_of_the_results():
     assert ablation_table.main(["--check"]) == 0, "run python scripts/ablation_table.py"
 
 
-def test_an_arm_has_a_line_for_each_rival():
-    text = render([("f", RESULT)])
+def test_a_row_has_a_cell_for_each_comparison():
     figures = "-0.012 (-0.020 to -0.001)"
-    assert (
-        f"| f | on | off | {figures} | +0.500 (+0.400 to +0.600) | 1.15 | 2, 200 | harms |\n"
-        in text
+    assert line(ROW, FINDING) == (
+        f"| f | {figures} | +0.500 (+0.400 to +0.600) | {figures} | 1.15 | harms |\n"
     )
-    assert f"| f | on | placebo | {figures} | not run | 1.15 | 2, 200 | harms |\n" in text
 
 
-def test_a_changed_result_shows():
-    other = copy.deepcopy(RESULT)
-    other["comparisons"]["on"]["equal tokens, against off"]["mean"] = 0.3
-    assert render([("f", other)]) != render([("f", RESULT)])
-    assert "stopped early" in render([("f", RESULT | {"is_complete": False})])
+def test_what_is_missing_is_said():
+    unfinished = line(ROW, replace(FINDING, timed=None, is_complete=False))
+    assert "| not run |" in unfinished and "helps (3 seeds, unfinished)" in unfinished
+    bare = Row(feature="f", off="off", on="base", note="why")
+    nothing = Finding(tokens=None, timed=None, placebo=None, cost=2.0, is_complete=False)
+    assert line(bare, nothing) == "| f (why) | not run | not run | - | 2.00 | not run |\n"
+
+
+def test_values_are_looked_up_in_an_experiments_own_file():
+    content = {"summary": [{"arm": "on", "n": 1}, {"arm": "off", "n": [2, 3]}]}
+    assert look_up(content, "summary/arm=off/n/1") == 3
+    with pytest.raises(KeyError, match="0 entries"):
+        look_up(content, "summary/arm=placebo/n")
+    with pytest.raises(KeyError):
+        look_up(content, "nowhere")
 
 
 def test_only_the_part_between_the_marks_is_written():

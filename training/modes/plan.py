@@ -23,15 +23,19 @@ from torch import Tensor, nn
 from model.sigma_llm import SigmaLLM
 from training.build import build_autocast, build_forward, build_model, build_optimizer
 from training.build_data import build_tokenizer
+from training.build_hydra import hydra_settings
 from training.build_rl import build_learner
 from training.config.sigma_config import SigmaConfig
 from training.features.instant import instant_settings
+from training.hydra.domain import Domain
 from training.instant import apply_instant, instant_memory
+from training.modes.doctor import check_memory
 from training.runtime.directories import free_bytes
 from training.runtime.environment import GIB, EnvironmentProblem, configure_threads, resolve_device
 from training.tokenizer import Tokenizer
 
 MEASURED_STEPS = 3
+LESS = "lower --batch-size (and raise --grad-accum-steps), --seq-len or the model's size"
 MIB = 2**20
 
 
@@ -43,7 +47,9 @@ class Plan:
     allocator's maximum, None on a CPU. micro_step_s: forward and backward of one micro-batch, each
     measured. optimizer_step_s: clip, update and bookkeeping. rl_bytes: what RL keeps, the moments
     of its own optimizer and the reference weights; rl_tick_s: of one tick, by this model as it is
-    (of TRL's step, which takes its place, not measured). Evaluation and saving come on top.
+    (of TRL's step, which takes its place, not measured). hydra_bytes: all adapters, their moments,
+    best versions and the merged one; its pairs are small. Evaluation, saving and Hydra's updates,
+    gates and merges take time on top.
     """
 
     device: str
@@ -54,6 +60,7 @@ class Plan:
     optimizer_bytes: int
     average_bytes: int
     rl_bytes: int
+    hydra_bytes: int
     activation_bytes: int
     peak_bytes: int | None
     micro_step_s: list[float]
@@ -71,15 +78,18 @@ class Plan:
 
 
 def run(config: SigmaConfig) -> int:
-    """Measure and print; EnvironmentProblem when the model does not fit on the device."""
+    """Measure and print. EnvironmentProblem when the run does not fit on the device, and before
+    anything is built when weights and their like alone do not."""
     configure_threads()
     device = resolve_device(config)
+    memory = check_memory(config)
+    if memory.status == "fail":  # a CPU would swap, not refuse
+        raise EnvironmentProblem(f"this run does not fit on {device}: {memory.found}", LESS)
     try:
         plan = measure(config, device)
     except torch.OutOfMemoryError as error:
         raise EnvironmentProblem(
-            f"this run does not fit on {device}: {str(error).partition('. ')[0]}",
-            "lower --batch-size (and raise --grad-accum-steps), --seq-len or the model's size",
+            f"this run does not fit on {device}: {str(error).partition('. ')[0]}", LESS
         ) from None
     if config.run.json:
         print(json.dumps(asdict(plan)))
@@ -110,7 +120,9 @@ def measure(config: SigmaConfig, device: torch.device) -> Plan:
     average = sum(_size(p) for p in model.parameters()) if config.ema.enabled else 0
     moments = sum(map(_size, _tensors(optimizer.state_dict())))
     rl_bytes, rl_tick_s = measure_rl(config, model, tokenizer)
-    checkpoint = sum(map(_size, _tensors(model.state_dict()))) + moments + average + rl_bytes
+    hydra_bytes = measure_hydra(config, model)
+    checkpoint = sum(map(_size, _tensors(model.state_dict())))
+    checkpoint += moments + average + rl_bytes + hydra_bytes
     step_s = data.grad_accum_steps * statistics.median(micro) + statistics.median(update)
     step_s += rl_tick_s / max(1, config.ttrl.interval)
     tokens = data.batch_size * data.seq_len * data.grad_accum_steps
@@ -123,6 +135,7 @@ def measure(config: SigmaConfig, device: torch.device) -> Plan:
         optimizer_bytes=moments,
         average_bytes=average,
         rl_bytes=rl_bytes,
+        hydra_bytes=hydra_bytes,
         activation_bytes=saved.num_bytes + compressed,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         micro_step_s=micro,
@@ -156,6 +169,24 @@ def measure_rl(config: SigmaConfig, model: SigmaLLM, tokenizer: Tokenizer) -> tu
     finally:
         learner.close()
     return sum(map(_size, _tensors(learner.update.state_dict()))), seconds
+
+
+def measure_hydra(config: SigmaConfig, model: SigmaLLM) -> int:
+    """Bytes that Hydra keeps beside the model once every domain has a best version; 0 without it.
+
+    One domain's are measured after a step that changes nothing: all have the same layers.
+    """
+    if not config.hydra.enable:
+        return 0
+    settings = hydra_settings(config)
+    domain = Domain(model, settings.adapter, gate=settings.gate, seed=config.run.seed)
+    for factor in domain.parameters():
+        factor.grad = torch.zeros_like(factor)
+    domain.optimizer.step()
+    domain.keep_as_best()
+    kept = sum(map(_size, _tensors(domain.state_dict()))) * len(config.hydra.domain_names())
+    merges = config.hydra.steps_per_phase > 0
+    return kept + merges * sum(map(_size, _tensors(domain.best.factors)))
 
 
 class SavedTensors:
@@ -253,6 +284,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("optimizer state", plan.optimizer_bytes),
         ("weight average", plan.average_bytes),
         *([("reinforcement learning", plan.rl_bytes)] if plan.rl_bytes else []),
+        *([("adapters per domain", plan.hydra_bytes)] if plan.hydra_bytes else []),
         ("activations of a micro-batch", plan.activation_bytes),
     ]
     total = sum(size for _, size in memory)

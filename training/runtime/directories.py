@@ -96,13 +96,14 @@ def free_bytes(directory: Path) -> int:
 
 
 def checkpoint_bytes(config: SigmaConfig) -> int:
-    """About how large one checkpoint is: fp32 weights, optimizer moments, the average if kept.
+    """About how large one checkpoint is: fp32 weights, optimizer moments, the average if kept, and
+    two moments and reference weights with RL.
 
     A close estimate from the shape alone (`--mode plan` has the exact figure of the built model).
     """
     model = config.model_config(_vocab_size(config))
     shapes, tables = matrix_shapes(model), table_parameters(model)
-    copies = 2 if config.ema.enabled else 1
+    copies = 1 + config.ema.enabled + (3 if config.ttrl.interval else 0)
     moments = sum(count * _state_bytes(config.optim, *sides) for count, *sides in shapes)
     beside = _moment_bytes(config.optim) if "lion" in config.optim.optimizer else 8  # AdamW's two
     weights = matrix_parameters(model) + tables

@@ -134,7 +134,7 @@ def test_the_exe_profile_names_the_flags_of_the_table_in_the_order_of_help():
     switched_off = {flag.off_name: flag.name for flag in FLAGS.values() if flag.off_name}
     lines = [switched_off.get(name, name) for name in lines]
     named = set(lines)
-    assert named == {row["flag"] for row in ROWS if row["exe"] != "="} | {"--mode"}
+    assert named == {row["flag"] for row in ROWS if row["exe"] != "="}
     sections = [FLAGS[name].section for name in lines]
     order = list(dict.fromkeys(flag.section for flag in FLAGS.values()))
     assert sections == sorted(sections, key=order.index)
@@ -143,6 +143,12 @@ def test_the_exe_profile_names_the_flags_of_the_table_in_the_order_of_help():
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.name)
 def test_every_shipped_profile_is_valid(profile):
     assert parse_args([f"@{profile}"]).run.mode == "train"
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.name)
+def test_a_profile_leaves_the_mode_to_the_command_line(profile):
+    """Later settings win: `--mode plan @profile` must not train."""
+    assert parse_args(["--mode", "plan", f"@{profile}"]).run.mode == "plan"
 
 
 def test_the_quickstart_asks_for_nothing_a_plain_machine_lacks():

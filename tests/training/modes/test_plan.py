@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from tests.training.hydra.test_learner import SETTINGS, make_hydra, run
+from tests.training.rl.small_learner import small_model
 from training.build import build_model
 from training.build_data import build_tokenizer
 from training.config.cli import parse_args
@@ -73,6 +76,39 @@ def test_reinforcement_learning_has_its_place_in_the_plan(measured):
     assert not {"memory, reinforcement learning", "RL tick"} & dict(plan.plan_rows(plain)).keys()
 
 
+def test_adapters_are_counted_as_a_learner_keeps_them():
+    """Against a learner that has stepped in both domains, kept both as best and merged them."""
+    hydra = make_hydra()
+    run(hydra, 4)
+    for domain in hydra.domains.values():
+        assert domain.version > 0
+        domain.keep_as_best()
+    rank = ["--hydra-lora-rank", str(SETTINGS.adapter.rank)]
+    flags = [*TINY, "--hydra-enable", "--hydra-domains", "math,text", *rank]
+    unmerged = parse_args([*flags, "--hydra-steps-per-phase", "0"])
+    assert plan.measure_hydra(unmerged, small_model()) == _tensor_bytes(hydra.state_dict())
+    hydra.merge(seed=0)
+    kept = plan.measure_hydra(parse_args(flags), small_model())
+    assert kept == _tensor_bytes(hydra.state_dict()) > 0
+    assert plan.measure_hydra(parse_args(TINY), small_model()) == 0
+
+
+def _tensor_bytes(tree):
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    children = tree.values() if isinstance(tree, dict) else tree
+    return sum(map(_tensor_bytes, children)) if isinstance(tree, dict | list | tuple) else 0
+
+
+def test_adapters_have_their_place_in_the_plan(measured):
+    _, plain = measured
+    result = plan.measure(parse_args([*TINY, "--ema-enabled", "--hydra-enable"]), CPU)
+    assert result.hydra_bytes > 0 == plain.hydra_bytes
+    assert result.checkpoint_bytes == plain.checkpoint_bytes + result.hydra_bytes
+    assert "memory, adapters per domain" in dict(plan.plan_rows(result))
+    assert "memory, adapters per domain" not in dict(plan.plan_rows(plain))
+
+
 def test_activations_grow_with_the_batch_and_the_rest_does_not(measured):
     config, small = measured
     plans = [
@@ -132,6 +168,13 @@ def test_a_run_that_does_not_fit_says_what_to_lower(monkeypatch):
 
     monkeypatch.setattr(plan, "measure", exhaust)
     with pytest.raises(EnvironmentProblem, match=r"does not fit on cpu: CUDA out of.*--batch-size"):
+        plan.run(parse_args(TINY))
+
+
+def test_what_cannot_fit_is_refused_before_it_is_built(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
+    monkeypatch.setattr(plan, "build_model", None)  # not called
+    with pytest.raises(EnvironmentProblem, match=r"does not fit on cpu: 0.0 GiB of memory free"):
         plan.run(parse_args(TINY))
 
 

@@ -89,6 +89,12 @@ def test_the_estimate_is_close_to_the_built_model(flags):
     assert training_bytes(config) - checkpoint_bytes(config) == pytest.approx(weights, rel=0.1)
 
 
+def test_reinforcement_learning_keeps_three_more_copies():
+    plain, taught = (parse_args([*SMALL, "--ttrl-interval", n]) for n in ("0", "2"))
+    weights = training_bytes(plain) - checkpoint_bytes(plain)
+    assert checkpoint_bytes(taught) - checkpoint_bytes(plain) == 3 * weights
+
+
 def test_caches_go_into_the_working_directory_unless_packed():
     assert cache_directory(parse_args(SMALL)) == Path(".runtime_cache")
 
