@@ -1,7 +1,8 @@
-"""When reinforcement learning starts in a run, and how it comes up to speed (MECHANISMS 7.5).
+"""When what stands above plain training starts in a run, and how RL comes up to speed (7.5).
 
-Two rules. Nothing is learned from rewards until so many batches of real data have been trained on,
-at the latest until step 24. Up to the end of the ramp, ticks are `multiplier` times as far apart at
+Two rules. Reinforcement learning, replay, adapters and the controllers (self-improver, rule, trials
+of overlays) do nothing until so many batches of real data have been trained on, at the latest until
+step 24. Up to the end of the ramp, ticks are `multiplier` times as far apart at
 first, falling linearly to the plain interval, and their weight rises linearly from 0 to 1. A ramp
 of 0 steps switches both rules off. Everything is a function of the step, of the batches seen and of
 the last tick, so a resumed run ticks where the whole run would have.
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.config.sigma_config import SigmaConfig
+from training.context import StepContext
 
 LATEST_GATE_STEP = 24
 
@@ -49,6 +51,16 @@ class RampSettings:
 
     def is_open(self, step: int, *, real_batches: int) -> bool:
         return real_batches >= self.gate_batches or step >= LATEST_GATE_STEP
+
+    @property
+    def gate_step(self) -> int:
+        """The step the gate opens at in a run that trains on real data from its first step."""
+        return min(max(1, self.gate_batches), LATEST_GATE_STEP)
+
+    def is_open_in(self, ctx: StepContext) -> bool:
+        """Whether the gate is open at this step of a run."""
+        seen = ctx.step if ctx.rl is None else ctx.rl.real_batches(ctx.step)
+        return self.is_open(ctx.step, real_batches=seen)
 
     def first_tick(self) -> int:
         """The step of the first tick of a run that trains on real data from its first step."""

@@ -1,9 +1,12 @@
 """When ticks come: the plain interval, the gate, the ramp, and the same after a resume."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
+from training.config.cli import parse_args
+from training.features import FEATURES
 from training.startup_ramp import RampSettings, TickClock
 
 
@@ -80,3 +83,40 @@ def test_a_factor_on_the_spacing_holds_while_it_is_given():
         if clock.is_due(step, real_batches=step, factor=1.25 if 8 <= step < 16 else 1.0):
             found.append(step)
     assert found == [4, 9, 14, 18, 22]
+
+
+CONTROLLED = (
+    "--ttrl-interval 4 --self-improver-enabled --self-evolve-interval 2 --uroboros-enabled "
+    "--uroboros-interval 3 --causal-replay-enabled --hydra-enable --hydra-update-interval 1 "
+    "--no-require-cuda"
+).split()
+
+
+@pytest.mark.parametrize(
+    ("flags", "first"),
+    [
+        (["--startup-meta-real-data-buffer-steps", "9"], 9),
+        (["--startup-meta-real-data-buffer-steps", "90"], 24),
+        (["--startup-meta-real-data-buffer-steps", "9", "--startup-meta-ramp-steps", "0"], 1),
+    ],
+)
+def test_what_stands_above_training_waits_for_the_gate(flags, first):
+    config = parse_args([*CONTROLLED, *flags])
+    names = {"self_improver", "self_evolve", "uroboros", "causal_replay", "hydra_v21"}
+    steps = {
+        feature.name: schedule.first_step
+        for feature in FEATURES
+        if feature.name in names and (schedule := feature.schedule(config)) is not None
+    }
+    assert steps == dict.fromkeys(names, first) | {"uroboros": max(first, 3)}
+
+
+def test_batches_that_are_no_real_data_do_not_open_the_gate():
+    """8 batches of a warm-up pool come first; without RL nothing counts them."""
+    own = settings(buffer_steps=4)
+    pooled = SimpleNamespace(real_batches=lambda step: max(0, step - 8))
+    opened = [s for s in range(1, 20) if own.is_open_in(SimpleNamespace(step=s, rl=pooled))]
+    assert opened[0] == 12
+    assert own.is_open_in(SimpleNamespace(step=4, rl=None))
+    late = SimpleNamespace(step=24, rl=SimpleNamespace(real_batches=lambda step: 0))
+    assert own.is_open_in(late)

@@ -17,7 +17,7 @@ from training.context import StepContext
 from training.features.base import Feature, Schedule
 from training.replay.causal_replay import CausalReplay, Coin
 from training.replay.injection import inject, item_loss
-from training.startup_ramp import LATEST_GATE_STEP, RampSettings, ramp_of
+from training.startup_ramp import RampSettings, ramp_of
 
 LARGEST_SEED = 2**62
 PROBE_BATCH = 0  # the same one at every step: losses of different batches do not compare
@@ -38,8 +38,7 @@ class CausalReplayFeature(Feature):
     def schedule(cls, config: SigmaConfig) -> Schedule | None:
         if not config.replays():
             return None
-        opened = min(max(1, ramp_of(config).gate_batches), LATEST_GATE_STEP)
-        return Schedule(start_step=opened)
+        return Schedule(start_step=ramp_of(config).gate_step)
 
     @classmethod
     def create(cls, config: SigmaConfig) -> CausalReplayFeature:
@@ -82,9 +81,7 @@ class CausalReplayFeature(Feature):
         start, coin, replay = time.perf_counter(), self._coin, self.replay
         wait = self.steps_to_coin if coin is None else self.inject_every
         self.steps_to_coin = max(0, wait - 1)
-        if not self.is_open:
-            seen = ctx.step if ctx.rl is None else ctx.rl.real_batches(ctx.step)
-            self.is_open = self.ramp.is_open(ctx.step, real_batches=seen)
+        self.is_open = self.is_open or self.ramp.is_open_in(ctx)
         if self.is_open:
             assert ctx.probe is not None
             loss = float(ctx.probe.loss(ctx.model, ctx.probe.batch(PROBE_BATCH)))

@@ -18,7 +18,7 @@ from training.features.base import Feature, Schedule
 from training.hydra.clocks import EventClock
 from training.hydra.gate import Decision, Look
 from training.hydra_service import HydraService
-from training.startup_ramp import LATEST_GATE_STEP, RampSettings, ramp_of
+from training.startup_ramp import RampSettings, ramp_of
 
 LARGEST_SEED = 2**62
 COLUMNS = (
@@ -42,7 +42,7 @@ class HydraFeature(Feature):
         own = config.hydra
         if not own.enable:
             return None
-        opened = min(max(1, ramp_of(config).gate_batches), LATEST_GATE_STEP)
+        opened = ramp_of(config).gate_step
         return Schedule(start_step=-(-opened // own.update_interval) * own.update_interval)
 
     @classmethod

@@ -16,6 +16,7 @@ from training.context import StepContext
 from training.features.base import Feature, Schedule
 from training.run_policy import LR, TTRL_BUDGET, TTRL_INTERVAL
 from training.self_evolve import LearningRateRule, PaceRule, PaceSettings, RuleSettings
+from training.startup_ramp import RampSettings, ramp_of
 
 GIB = 2**30
 
@@ -28,18 +29,21 @@ class SelfEvolveFeature(Feature):
         rule: LearningRateRule,
         *,
         interval: int,
+        ramp: RampSettings,
         pace: PaceRule | None = None,
         is_shuffled: bool = False,
     ) -> None:
         self.rule = rule
         self.pace = pace  # None without RL
         self.interval = interval
+        self.ramp = ramp
         self.is_shuffled = is_shuffled
         self._norms: list[Tensor] = []  # unread, of the steps since the last look
 
     @classmethod
     def schedule(cls, config: SigmaConfig) -> Schedule | None:
-        return Schedule(start_step=1) if config.self_evolve.interval else None
+        opened = ramp_of(config).gate_step
+        return Schedule(start_step=opened) if config.self_evolve.interval else None
 
     @classmethod
     def create(cls, config: SigmaConfig) -> SelfEvolveFeature:
@@ -63,13 +67,16 @@ class SelfEvolveFeature(Feature):
                 )
             )
         rule = LearningRateRule(settings)
-        return cls(rule, interval=own.interval, pace=pace, is_shuffled=own.shuffled)
+        ramp = ramp_of(config)
+        return cls(rule, interval=own.interval, ramp=ramp, pace=pace, is_shuffled=own.shuffled)
 
     def on_setup(self, ctx: StepContext) -> bool:
         ctx.policy.enroll(self.name)
         return False
 
     def after_step(self, ctx: StepContext) -> bool:
+        if not self.ramp.is_open_in(ctx):
+            return False
         assert ctx.grad_norm is not None
         rule = self.rule
         self._norms = [*self._norms, ctx.grad_norm.detach()]

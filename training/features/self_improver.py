@@ -13,6 +13,7 @@ from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import Feature, Schedule
 from training.self_improver import REACH, ImproverSettings, SelfImprover
+from training.startup_ramp import RampSettings, ramp_of
 
 # Column of a knob's factor; null where the run has nothing that the knob would turn.
 COLUMNS = {
@@ -26,8 +27,9 @@ COLUMNS = {
 class SelfImproverFeature(Feature):
     name = "self_improver"
 
-    def __init__(self, settings: ImproverSettings, *, interval: int) -> None:
+    def __init__(self, settings: ImproverSettings, *, interval: int, ramp: RampSettings) -> None:
         self.settings = settings
+        self.ramp = ramp
         self.interval = interval
         self.steps_left = 0  # of the trial under way
         self.num_begun = 0
@@ -36,7 +38,8 @@ class SelfImproverFeature(Feature):
 
     @classmethod
     def schedule(cls, config: SigmaConfig) -> Schedule | None:
-        return Schedule(start_step=1) if config.self_improver.enabled else None
+        opened = ramp_of(config).gate_step
+        return Schedule(start_step=opened) if config.self_improver.enabled else None
 
     @classmethod
     def create(cls, config: SigmaConfig) -> SelfImproverFeature:
@@ -51,7 +54,7 @@ class SelfImproverFeature(Feature):
             gain_down=own.sigma_gain_down,
             is_shuffled=own.shuffled,
         )
-        return cls(settings, interval=own.interval)
+        return cls(settings, interval=own.interval, ramp=ramp_of(config))
 
     def on_setup(self, ctx: StepContext) -> bool:
         ctx.policy.enroll(self.name)
@@ -64,6 +67,8 @@ class SelfImproverFeature(Feature):
         return self._improver
 
     def after_step(self, ctx: StepContext) -> bool:
+        if not self.ramp.is_open_in(ctx):
+            return False
         effect = False
         if self.improver.is_running:
             self.steps_left -= 1

@@ -13,18 +13,25 @@ from training.context import StepContext
 from training.features.base import Feature, Schedule
 from training.overlay_trials import FEATURE, OverlayTrials
 from training.run_policy import REPLAY_BIAS, TTRL_BUDGET, TTRL_INTERVAL
+from training.startup_ramp import RampSettings, ramp_of
 
 
 class UroborosFeature(Feature):
     name = FEATURE
 
-    def __init__(self) -> None:
+    def __init__(self, ramp: RampSettings) -> None:
+        self.ramp = ramp
         self._trials: OverlayTrials | None = None
 
     @classmethod
     def schedule(cls, config: SigmaConfig) -> Schedule | None:
         own = config.uroboros
-        return Schedule(start_step=own.interval) if own.enabled else None
+        opened = ramp_of(config).gate_step
+        return Schedule(start_step=max(own.interval, opened)) if own.enabled else None
+
+    @classmethod
+    def create(cls, config: SigmaConfig) -> UroborosFeature:
+        return cls(ramp_of(config))
 
     @property
     def trials(self) -> OverlayTrials:
@@ -54,7 +61,7 @@ class UroborosFeature(Feature):
         return False
 
     def after_step(self, ctx: StepContext) -> bool:
-        return self.trials.finish_step(ctx)
+        return self.ramp.is_open_in(ctx) and self.trials.finish_step(ctx)
 
     def state_dict(self) -> dict[str, Any]:
         return self.trials.state_dict()
