@@ -91,7 +91,8 @@ def kill_runs(trials: Trials, names: Sequence[str]) -> None:
     trials.facts |= {"runs": 0, "effective calls": calls, "kills": dict.fromkeys(names, 0)}
     trials.check(all(calls.values()), f"features without an effect: {calls}", count=0)
     while trials.open:
-        name = names[trials.facts["runs"] % len(names)]
+        number = int(trials.facts["runs"])
+        name = names[number % len(names)]
         directory = trials.home / "harmed"
         hits = live_under_fire(
             open_full(name, directory, sources),
@@ -100,7 +101,6 @@ def kill_runs(trials: Trials, names: Sequence[str]) -> None:
             within_s=seconds[name] / 4,
         )
         found = differences(trials.home / name, directory)
-        number = trials.facts["runs"]
         trials.check(found == [], f"run {number}, {name}: {found[:3]}", count=hits)
         trials.facts["kills"][name] += hits
         trials.facts["runs"] += 1
