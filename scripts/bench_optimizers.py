@@ -34,7 +34,8 @@ import torch
 from torch import nn
 
 from model.sigma_llm import SigmaLLM
-from scripts.update_peers import peer_optimizers
+from scripts.bench_common import load_average
+from scripts.update_peers import peer_optimizers, peer_versions
 from training.build import build_evaluator, build_optimizer, build_probe
 from training.build_data import build_corpus, build_tokenizer
 from training.config.cli import parse_args
@@ -356,7 +357,16 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--target {options.target} must be among --only")
     arms.sort(key=lambda arm: arm != "adamw")
     bench = Bench(options)
+    about = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()} {platform.system()}, {options.threads} thread(s)",
+        "load": load_average(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | peer_versions(),
+        "flags": [*PRESETS[options.preset].replace(str(PROJECT), ".").split(), *bench.more],
+    }
     if options.updates_only:
+        bench.result |= about
         bench.result["update_cpu_ms"] = time_updates(bench, arms, rounds=options.rounds)
         bench.save()
         print(json.dumps(bench.result["update_cpu_ms"], indent=1))
@@ -366,12 +376,8 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in seeds:  # seed by seed, so that a change of the machine's load meets all of them
         for arm in arms:
             bench.final(arm, lr=bench.result["best_lr"][arm], seed=seed)
-    bench.result |= {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()} {platform.system()}, {options.threads} thread(s)",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    bench.result |= about | {
         "seeds": seeds,
-        "flags": [*PRESETS[options.preset].replace(str(PROJECT), ".").split(), *bench.more],
         "update_cpu_ms": time_updates(bench, arms, rounds=options.rounds),
         **summarize(bench, arms, seeds),
     }

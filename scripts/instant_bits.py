@@ -6,7 +6,7 @@ budgets that measured sensitivity shares out. Shown are the cosine of the whole 
 over parameter tensors and the share of them at 0.99, means of --roundings; and mean bits, scales
 and lossless codes included.
 
-    python scripts/instant_bits.py [--budgets-mb 7,8,9] [--out FILE]
+    python scripts/instant_bits.py [--budgets-mb 13,14] [--out FILE]
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--roundings", type=int, default=3)
-    parser.add_argument("--budgets-mb", default="7,8,9", help="MiB of saved tensors, by commas")
+    parser.add_argument("--budgets-mb", default="13,14", help="MiB of saved tensors, by commas")
+    parser.add_argument("--codings", default=",".join(WIDTHS), help="for all tensors, by commas")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -66,7 +67,7 @@ def main() -> None:
     apply_instant(model)
     exact = gradients(model, batch)
     rows = []
-    for coding in WIDTHS:
+    for coding in filter(None, options.codings.split(",")):
         rows.append(
             {"way": f"all {coding}"}
             | measure(
@@ -75,7 +76,7 @@ def main() -> None:
             )
         )  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
-    for size in options.budgets_mb.split(","):
+    for size in filter(None, options.budgets_mb.split(",")):
         settings = InstantSettings(mode="compress", byte_budget_mb=int(size))
         rows.append(
             {"way": f"budget of {size} MiB"}

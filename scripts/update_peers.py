@@ -8,6 +8,7 @@ gets all. Packages that are not installed give no row: lion-pytorch, pytorch-opt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from training.optim.gnprox import GNProx
 
 RATE = 1e-4
+PACKAGES = ("lion-pytorch", "pytorch-optimizer", "heavyball")
 
 
 class Stepper(Protocol):
@@ -80,6 +82,17 @@ def peer_optimizers(matrices: Sequence[Tensor], rest: Sequence[Tensor]) -> dict[
 
         heavyball.utils.compile_mode = None
         found["heavyball SOAP"] = split(lambda own: heavyball.SOAP(own, lr=RATE))
+    return found
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the peers' packages that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
     return found
 
 
