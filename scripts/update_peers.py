@@ -1,8 +1,8 @@
-"""Other optimizers beside ours for timing: torch's, those of installed packages, ours undone.
+"""Optimizers to time beside ours: torch's and those of installed packages.
 
-A peer gets copies of the parameters that `muon` would take, stacked experts one by one, since other
-libraries know no stacks, and torch's fused AdamW over the rest; a peer that is for all parameters
-gets all. Packages that are not installed give no row: lion-pytorch, pytorch-optimizer, heavyball.
+One for matrices gets what `muon` would take, stacked experts one by one, since other libraries know
+no stacks, and torch's fused AdamW takes the rest. Packages that are not installed give no row. Our
+gnprox is here because `--optimizer gnprox` refuses a CPU; its arithmetic does not.
 """
 
 from __future__ import annotations

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from model import reference_ops
-from model.norm_rope import RMSNorm, apply_rope, context_rope_table, rms_norm, rope_table
+from model.norm_rope import (
+    RMSNorm,
+    apply_rope,
+    biased_norm,
+    context_rope_table,
+    rms_norm,
+    rope_table,
+)
 from model.sequence import SequenceContext
 
 
@@ -112,3 +119,14 @@ def test_context_table_is_built_once_and_follows_the_decode_offset() -> None:
     torch.testing.assert_close(context_rope_table(offsets, 8)[0][:1], table[0], rtol=0, atol=0)
     expected = rope_table(torch.arange(10, 16)[None], 8)
     torch.testing.assert_close(table, expected, rtol=0, atol=0)
+
+
+def test_biased_norm_is_its_formula_and_so_is_its_gradient():
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x, gain, bias = draw(2, 3, 2, 2, 5), draw(2, 1, 5), draw(2, 2, 5)
+    assert torch.equal(biased_norm(x, gain, bias), torch.addcmul(bias, rms_norm(x), gain))
+    assert torch.autograd.gradcheck(biased_norm, (x, gain, bias))

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from scripts.ablate import comparisons, equal_time_steps, main, table
+from scripts.ablate import ablate, comparisons, equal_time_steps, main, table
 from scripts.ablation import Arm, Outcome, run_side_by_side
 from tests.integration.runs import tiny_flags
 
@@ -104,6 +104,21 @@ def test_an_unfinished_result_compares_what_it_has():
     seeds = {seed: outcomes(off=1.0 + seed, on=0.9 + seed + 0.001 * seed) for seed in range(2)}
     found = comparisons(seeds, {0: seeds[0]}, names=["off", "on"])
     assert set(found["on"]) == {"equal tokens, against off", "verdict"}
+
+
+def test_equal_time_may_be_left_out():
+    asked, saved = [], []
+
+    def run(arms, *, seed, steps):
+        asked.append((seed, steps))
+        dear = Outcome(bpb=0.9 + seed + 0.001 * seed, steps=10, seconds=3.0)
+        return outcomes(off=1.0 + seed) | {"on": dear}
+
+    arms = [Arm(name="off"), Arm(name="on")]
+    found = ablate(run, arms, seeds=[0, 1], steps=10, save=saved.append, tokens_only=True)
+    assert asked == [(seed, {"off": 10, "on": 10}) for seed in (0, 1)]
+    assert found == saved[-1] and found["is_complete"] and found["equal_time"] == {}
+    assert set(found["comparisons"]["on"]) == {"equal tokens, against off", "verdict"}
 
 
 def test_equal_time_gives_a_dear_arm_fewer_steps():
