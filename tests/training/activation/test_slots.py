@@ -70,6 +70,13 @@ def test_low_rank_where_four_bits_alone_are_too_coarse():
     assert without.codings() == ["int8"] and stored < without.tally.stored
 
 
+def test_one_number_a_row_stays_exact():
+    rows, norms = draw(100, 128), draw(5000, 1)
+    scene = Scene(error_threshold=1.0, rank=0)
+    kept = scene.keep(rows, norms)
+    assert scene.codings() == ["int4", "exact"] and torch.equal(kept[1], norms)
+
+
 def test_eight_bits_stick_until_the_next_probe():
     scene = Scene(error_threshold=0.05, rank=0)
     easy, hard = torch.ones(100, 128), draw(100, 128)
