@@ -43,7 +43,7 @@ class SavedMeter:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         self.count(tensor)
-        return tensor
+        return tensor.detach()  # an output that its own node kept would never be freed
 
 
 def _same(tensor: Tensor) -> Tensor:

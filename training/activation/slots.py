@@ -155,6 +155,7 @@ class BlockTensors:
     def _pack(self, tensor: Tensor) -> Kept | Tensor:
         position = self.position
         self.position += 1
+        tensor = tensor.detach()  # an output that its own node kept would never be freed
         if self._is_shared(tensor):
             return tensor
         slot = self.book.get(self.layer, position)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from training.activation.budget import SlotCost, allocate, measure_sensitivity
 from training.activation.meter import SavedMeter
@@ -164,6 +165,19 @@ def test_the_meter_counts_what_autograd_keeps():
         z = y * y
     assert meter.num_bytes == x.nbytes + y.nbytes
     z.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["meter", "slots"])
+def test_a_graph_that_no_backward_visits_is_freed(kind):
+    """exp keeps its own result: held as it is, it would hold the node that holds it."""
+    x = draw(40, 50).requires_grad_()
+    tensors = Scene().tensors()
+    with SavedMeter(lambda t: False) if kind == "meter" else tensors.hooks():
+        y = x.exp()
+    tensors.finish()
+    storage = StorageWeakRef(y.untyped_storage())
+    del y
+    assert storage.expired()
 
 
 def costs(*sensitivities, elements=8192):
