@@ -81,7 +81,10 @@ def peer_optimizers(matrices: Sequence[Tensor], rest: Sequence[Tensor]) -> dict[
         import heavyball  # pyright: ignore[reportMissingImports]
 
         heavyball.utils.compile_mode = None
-        found["heavyball SOAP"] = split(lambda own: heavyball.SOAP(own, lr=RATE))
+        # By default it takes the gradients away, and every later step would be empty.
+        found["heavyball SOAP"] = split(
+            lambda own: heavyball.SOAP(own, lr=RATE, consume_grad=False)
+        )
     return found
 
 
