@@ -147,7 +147,7 @@ def test_experts_by_kernels_with_noise_and_balance(monkeypatch):
         "quant_mode": "bitnet_1_58", "moe_dispatch_mode": "grouped", "in_kernels": True,
     }  # fmt: skip
     eager, graphed = run_both(
-        steps=2, parts=2, source=lambda: batches(rows=1, length=6), **one_block
+        steps=2, parts=2, source=lambda: batches(rows=1, length=7), **one_block
     )
     assert_same(eager, graphed)
     assert graphed.passes.metrics()["cuda_graph_replays"] == 2
