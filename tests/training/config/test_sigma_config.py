@@ -65,6 +65,7 @@ DEVIATIONS = {
     ("--hydra-enable", "exe"): ("off", "its gain is measured on a small model only"),
     ("--uroboros-enabled", "default"): ("off", "no gain is measured yet"),
     ("--uroboros-enabled", "exe"): ("off", "no gain is measured yet"),
+    ("--rib-router-enabled", "default"): ("off", "near-even routing costs a constant, no gain"),
     ("--grpo-backend", "type"): ("{internal,trl}", "the default first"),
     ("--grpo-backend", "default"): ("internal", "trl would fail wherever it is not installed"),
     ("--grpo-backend", "exe"): ("internal", "the frozen program goes without trl"),
