@@ -10,7 +10,8 @@ for as much processor time as `verifier` took. `majority` is rewarded by the vot
 and `majority_random` by drawn rewards, all else alike; `more_` are the same from a model that read
 more, whose majority is right more often. The arms `misled_` and `torn_` start from models whose
 majority is wrong, often by a clear vote and seldom so: `_abstain` may abstain, `_forced` takes
-every vote for a label, and `_random` is their placebo.
+every vote for a label, and `_random` is their placebo. `_cautious` abstains from labels with less
+than 0.7 of the votes, the others from less than half.
 
 The file is written after every arm, and an arm that it holds is not run again.
 """
@@ -83,6 +84,7 @@ class Arm:
 
 VOTED = Arm(settings=VOTING, lr=VOTED_LR, kl=VOTED_KL, ticks=VOTED_TICKS)
 FORCED = replace(VOTED, settings=replace(VOTING, majority_min_share=0.0))
+CAUTIOUS = replace(VOTED, settings=replace(VOTING, majority_min_share=0.7))
 DRAWN = replace(VOTED, settings=replace(SAMPLING, placebo="random"))
 ARMS = {
     "verifier": Arm(),
@@ -92,8 +94,10 @@ ARMS = {
     "majority": VOTED,
     "majority_random": DRAWN,
     "more_majority": replace(VOTED, further=MORE),
+    "more_cautious": replace(CAUTIOUS, further=MORE),
     "more_random": replace(DRAWN, further=MORE),
     "misled_abstain": replace(VOTED, further=MISLED),
+    "misled_cautious": replace(CAUTIOUS, further=MISLED),
     "misled_forced": replace(FORCED, further=MISLED),
     "torn_abstain": replace(VOTED, further=TORN),
     "torn_forced": replace(FORCED, further=TORN),
