@@ -196,12 +196,20 @@ def stacked_chart(
 
 
 def nice_ticks(low: float, high: float, *, count: int) -> list[float]:
-    """At most `count` + 1 round values within [low, high], in steps of 1, 2 or 5 times 10^k."""
-    raw = (high - low) / max(1, count)
+    """At most `count` + 1 round values within [low, high], in steps of 1, 2 or 5 times 10^k.
+
+    count: 2 or more.
+    """
+    raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1.0, 2.0, 5.0, 10.0) if m * power >= raw * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
+    sizes = [m * power for m in (0.5, 1.0, 2.0, 5.0, 10.0)]
+    wide = next(number for number, size in enumerate(sizes) if size >= raw * (1 - 1e-9))
+    # With two ticks wanted, both may lie outside; the next smaller step then has two or three.
+    for step in (sizes[wide], sizes[wide - 1]):
+        first = math.ceil(low / step - 1e-9)
+        last = math.floor(high / step + 1e-9)
+        if first <= last:
+            break
     return [number * step for number in range(first, last + 1)]
 
 
