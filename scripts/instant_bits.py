@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,24 +68,15 @@ def main() -> None:
     apply_instant(model)
     exact = gradients(model, batch)
     rows = []
+    ways: dict[str, Callable[[], None]] = {}
     for coding in filter(None, options.codings.split(",")):
-        rows.append(
-            {"way": f"all {coding}"}
-            | measure(
-                model, batch, exact, lambda coding=coding: fix(model, batch, coding),
-                roundings=options.roundings,
-            )
-        )  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
+        ways[f"all {coding}"] = partial(fix, model, batch, coding)
     for size in filter(None, options.budgets_mb.split(",")):
         settings = InstantSettings(mode="compress", byte_budget_mb=int(size))
-        rows.append(
-            {"way": f"budget of {size} MiB"}
-            | measure(
-                model, batch, exact, lambda settings=settings: share(model, batch, settings),
-                roundings=options.roundings,
-            )
-        )  # fmt: skip
+        ways[f"budget of {size} MiB"] = partial(share, model, batch, settings)
+    for way, patch in ways.items():
+        found = measure(model, batch, exact, patch, roundings=options.roundings)
+        rows.append({"way": way} | found)
         print(json.dumps(rows[-1]), flush=True)
     if options.out is not None:
         about = {
