@@ -210,7 +210,7 @@ class SigmaLLM(SigmaTrunk):
         initialize(self, config, seed=seed)
         self.kernel_backend = "torch"
         self.ternary_statistics = TernaryStatistics()
-        self.cache_counts = [0, 0]
+        self.cache_counts = [0, 0]  # a list: what a step leaves behind, not a part of its path
 
     @property
     def head_weight(self) -> Tensor:

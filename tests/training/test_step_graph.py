@@ -305,6 +305,20 @@ def test_outputs_have_no_history_and_figures_are_those_of_the_last_micro_batch()
     assert eager.metrics()["diff_attn_lambda_mean"] == graphed.metrics()["diff_attn_lambda_mean"]
 
 
+def test_figures_are_those_of_the_replay_after_another_forward_has_left_its_own():
+    """As the updates of reinforcement learning do between two steps."""
+    eager, graphed = run_both(**DENSE)
+    for bench in (eager, graphed):
+        other = next(batches(seed=9))
+        with torch.no_grad():
+            bench.model(other.input_ids, reset_mask=other.reset_mask)
+    others = eager.metrics()
+    for bench in (eager, graphed):
+        bench.step(batches(seed=8))
+    assert_same(eager, graphed)
+    assert graphed.metrics()["eng_gate_mean"] != others["eng_gate_mean"]
+
+
 GPU_SIZES = {
     "d_model": 256, "n_layers": 4, "n_heads": 4, "mamba_ratio": 3, "d_ff": 512,
     "mamba_head_dim": 64, "mamba_d_state": 64, "kv_latent_dim": 64, "rope_dim": 32,
