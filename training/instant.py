@@ -15,6 +15,7 @@ import math
 import warnings
 from collections import deque
 from dataclasses import asdict, dataclass
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -101,8 +102,7 @@ class InstantMemory:
         )
         self.num_forwards = 0
         self._forwards: deque[InstantForward] = deque(maxlen=_KEPT_FORWARDS)
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._seed = settings.seed
+        self.random = Random(settings.seed)
         self._begun: tuple[int, dict[str, Any]] | None = None
 
     def wrap(self, trunk: SigmaTrunk, run_block: RunBlock) -> RunBlock:
@@ -118,18 +118,12 @@ class InstantMemory:
 
     def begin_step(self, step: int, *, seed: int) -> None:
         """Start a step with random numbers of its own; one that is begun again starts as before."""
-        self._seed = seed
-        self._generators.clear()
+        self.random = Random(seed)
         self._forwards.clear()
         if self._begun is not None and self._begun[0] == step:
             self._take_over(self._begun[1])
         else:
             self._begun = (step, self.state_dict())
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
 
     @property
     def max_passes(self) -> int:

@@ -84,9 +84,9 @@ def test_the_forward_is_the_same_to_the_bit_and_gradients_are_close(amp, layout)
 def test_four_bits_by_measured_sensitivity_keep_the_gradient():
     """A budget between all tensors at 4 and all at 8 bits: cosine above 0.99.
 
-    With everything at 4 bits the same network falls to 0.94, so the choice is what does it.
+    With everything at 4 bits the same network falls to 0.97, so the choice is what does it.
     """
-    budgeted = patched(make_model(), mode="compress", byte_budget_mb=5)
+    budgeted = patched(make_model(), mode="compress", byte_budget_mb=4)
     gradient(budgeted, rows=4)
     memory = instant_memory(budgeted)
     memory.finish_step()
@@ -94,11 +94,42 @@ def test_four_bits_by_measured_sensitivity_keep_the_gradient():
     report = memory.finish_step()
     _, wanted = gradient(patched(make_model()), rows=4)
     assert cosine(found, wanted) > 0.99
-    assert report.stored_bytes <= 5 * 2**20
+    assert report.stored_bytes <= 4 * 2**20
     widths = {"int4", "int5", "int6", "int8"}
     assert len(widths & {slot.coding for slot in memory.book.slots.values()}) > 2
     coarse = patched(make_model(), mode="compress", error_threshold=10.0, comp_dim=0)
-    assert cosine(gradient(coarse, rows=4)[1], wanted) < 0.98
+    assert 0.95 < cosine(gradient(coarse, rows=4)[1], wanted) < 0.98
+
+
+DIVISORS = {"LogBackward0": "self", "DivBackward0": "other", "SqrtBackward0": "result"}
+
+
+def divisors(model):
+    """What the gradients of a forward divide by, with the name of the operation."""
+    ids, reset = batch(rows=8, length=128)
+    nodes = [model(ids, labels=ids.roll(-1, 1), reset_mask=reset).loss.grad_fn]
+    seen, found = set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in DIVISORS:
+            found.append((node.name(), getattr(node, f"_saved_{DIVISORS[node.name()]}")))
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+def test_what_backward_divides_by_is_kept_exactly():
+    """A rounded divisor may come near zero, or turn its sign."""
+    memory = dict(engram_enabled=True, engram_buckets=61, engram_dim=8)
+    exact = divisors(patched(make_model(**memory)))
+    all_at_four = dict(mode="compress", error_threshold=10.0, comp_dim=0)
+    kept = divisors(patched(make_model(**memory), **all_at_four))
+    assert {name for name, _ in exact} == set(DIVISORS)
+    assert max(value.numel() for _, value in exact) > 4096
+    for (name, value), (_, found) in zip(exact, kept, strict=True):
+        assert torch.equal(value, found), name
 
 
 def test_the_mean_of_many_compressed_gradients_is_the_gradient():

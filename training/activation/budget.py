@@ -2,7 +2,8 @@
 
 The sensitivity of a slot is measured: the block's gradients are taken once from exact tensors and
 once with this one tensor at 4 bits; the relative squared difference is what 4 bits cost. Variance
-goes with the square of the step, so 8 bits cost (15/255)^2 of it. All slots start at 4 bits, and
+goes with the square of the step, so 8 bits cost (15/255)^2 of it and a little more, as their groups are
+twice as long and so reach farther. All slots start at 4 bits, and
 the budget buys, in the order of error removed per byte, 5, 6 and 8 bits and then the exact tensor.
 
 Source: GACT 2206.11357 (sensitivity from gradients, bits by a greedy allocation).
@@ -13,14 +14,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
 
-from training.activation.quantize import GROUP, encode
+from training.activation.quantize import SCALE_BITS, encode, group_size
 from training.activation.slots import WIDTHS
 
 _LADDER = (*WIDTHS, "exact")
+# Squared range of 64 normal numbers over that of 32 (4.75 and 4.14 standard deviations).
+_LONGER_GROUP = 1.32
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,12 +39,15 @@ class SlotCost:
     def num_bytes(self, coding: str) -> float:
         if coding == "exact":
             return float(self.elements * self.element_size)
-        return self.elements * (WIDTHS[coding] + 32.0 / GROUP) / 8.0
+        bits = WIDTHS[coding]
+        return self.elements * (bits + SCALE_BITS / group_size(bits)) / 8.0
 
     def error(self, coding: str) -> float:
         if coding == "exact":
             return 0.0
-        return self.sensitivity * (15.0 / (2.0 ** WIDTHS[coding] - 1.0)) ** 2
+        bits = WIDTHS[coding]
+        reach = 1.0 if group_size(bits) == group_size(4) else _LONGER_GROUP
+        return self.sensitivity * reach * (15.0 / (2.0**bits - 1.0)) ** 2
 
 
 def allocate(costs: Sequence[SlotCost], *, budget_bytes: float) -> dict[str, str]:
@@ -78,7 +85,7 @@ def measure_sensitivity(
     *,
     inputs: list[Tensor],
     may_round: Callable[[int, Tensor], bool],
-    generator: torch.Generator,
+    random: Random,
 ) -> dict[int, tuple[Tensor, float]]:
     """By position among the saved tensors: the tensor, and its sensitivity.
 
@@ -98,8 +105,10 @@ def measure_sensitivity(
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         outputs = forward()
+    device = inputs[0].device
+    generator = torch.Generator(device).manual_seed(random.getrandbits(63))
     directions = [
-        torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+        torch.randn(out.shape, generator=generator, device=device).to(out.dtype)
         if out.dim()
         else torch.ones_like(out)
         for out in outputs
@@ -116,7 +125,7 @@ def measure_sensitivity(
         if not may_round(position, tensor):
             continue
         flat = tensor.contiguous().view(-1)
-        codes = encode(flat, bits=4, generator=generator)
+        codes = encode(flat, bits=4, seed=random.getrandbits(63))
         rounded[position] = codes.decode().view(tensor.shape)
         pairs = zip(gradients(), exact, strict=True)
         gap = sum(float((grad - true).square().sum()) for grad, true in pairs)

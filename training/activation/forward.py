@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from random import Random
 from typing import Any, Protocol
 
 import torch
@@ -25,16 +26,16 @@ from training.activation.slots import BlockTensors, SlotBook, Tally
 class Memory(Protocol):
     """What a forward reads of the patch it belongs to.
 
-    plans: "reverse", "compress" or "keep" by block. max_passes: of an inverse's correction.
+    plans: "reverse", "compress" or "keep" by block. random: where the seeds of roundings come from.
+    max_passes: of an inverse's correction.
     """
 
     plans: list[str]
     book: SlotBook
+    random: Random
 
     @property
     def max_passes(self) -> int: ...
-
-    def generator(self, device: torch.device) -> torch.Generator: ...
 
 
 class InstantForward:
@@ -128,7 +129,7 @@ class InstantForward:
             weight_forms=lambda tensor: _weight_forms(block, tensor),
             stream_elements=streams[0].numel(),
             num_experts=block.ffn.config.n_routed_experts if isinstance(block.ffn, MoE) else 0,
-            generator=self.memory.generator(streams[0].device),
+            random=self.memory.random,
             tally=self.tally,
         )
 
@@ -164,7 +165,7 @@ class InstantForward:
                 forward,
                 inputs=[*inputs, *trained],
                 may_round=tensors.may_round,
-                generator=self.memory.generator(device),
+                random=self.memory.random,
             )
         for buffer, value in buffers:
             buffer.copy_(value)

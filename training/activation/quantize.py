@@ -1,17 +1,21 @@
-"""Saved activations as codes of 4, 5, 6 or 8 bits, unbiased by stochastic rounding.
+"""Saved activations as codes of 4, 5, 6 or 8 bits, unbiased by subtracted dither.
 
-Groups of 64 neighbours share an offset and a step, so that one outlier costs 64 numbers their
-precision and no more. Offset and step span the group's own range instead of a range around zero:
-a decoded value never leaves the hull of its group, so positive numbers stay positive where a
-backward formula divides by them. Both are bf16, rounded so that the hull is never cut, which is
-what keeps stochastic rounding unbiased: E[decode(encode(x))] = x.
+A number in steps gets random noise u in [0, 1) before it is cut to a whole code, and the very same
+noise, drawn again from its seed, is taken off when the code is read. What remains is an error
+uniform in half a step either way, whatever the number was: mean zero, and half the variance that
+stochastic rounding has with as many bits (1/12 of a squared step instead of 1/6).
+
+Groups of neighbours share an offset and a step, so that one outlier costs few numbers their
+precision: 64, and 32 at 4 bits, where steps are widest. Both span the group's own range, not one
+around zero, and are bf16, rounded so that the range is never cut.
 
 A matrix may first be split into its part in a low-rank basis, kept in bf16, and a remainder with a
 smaller range, which is what the codes then hold. Numbers that are small integers already (the int8
 codes of ternary layers) are kept as such, without loss.
 
-Sources: ActNN 2104.14129, GACT 2206.11357 (group-wise stochastic codes); CompAct 2410.15352 and
-INSTANT (OpenReview P2q6Y7UweV) for projections of activations.
+Sources: Roberts 1962 and Schuchman 1964 (subtractive dither); ActNN 2104.14129, GACT 2206.11357
+(group-wise codes of activations); CompAct 2410.15352 and INSTANT (OpenReview P2q6Y7UweV) for
+projections of activations.
 """
 
 from __future__ import annotations
@@ -21,14 +25,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUP = 64
+SCALE_BITS = 32  # offset and step of a group
 _BLOCK = 2**18  # numbers coded at once: what stays in a core's cache
 _MIN_STEP = 1e-30
 _BF16_SLACK = 2.0**-8  # twice bf16's rounding error
 
 
+def group_size(bits: int) -> int:
+    """Numbers that share an offset and a step."""
+    return 32 if bits == 4 else 64
+
+
 class Codes(NamedTuple):
-    """Numbers as unsigned codes: value = low + code * step of the number's group.
+    """Numbers as unsigned codes: value = low + (code + 1/2 - u) step of the number's group, with u
+    the dither of `seed`.
 
     codes: uint8, `bits` bytes for 8 numbers, see `_join_bits`; low, step: (groups,) bf16.
     """
@@ -36,6 +46,7 @@ class Codes(NamedTuple):
     codes: Tensor
     low: Tensor
     step: Tensor
+    seed: int
     bits: int
     size: int
     dtype: torch.dtype
@@ -46,17 +57,17 @@ class Codes(NamedTuple):
 
     def decode(self) -> Tensor:
         """The numbers (size,) in their first dtype."""
-        result = torch.empty(self.low.numel(), GROUP, dtype=self.dtype, device=self.low.device)
+        groups, device = self.low.numel(), self.low.device
+        result = torch.empty(groups, group_size(self.bits), dtype=self.dtype, device=device)
         wide = torch.promote_types(self.dtype, torch.float32)
-        rows = max(1, _BLOCK // GROUP)
-        packed = self.codes.view(self.low.numel(), -1)
-        for start in range(0, len(packed), rows):
+        draws = torch.Generator(device).manual_seed(self.seed)
+        rows = _BLOCK // group_size(self.bits)
+        packed = self.codes.view(groups, -1)
+        for start in range(0, groups, rows):
             part = slice(start, start + rows)
-            values = (
-                _split_bits(packed[part], self.bits)
-                .to(wide)
-                .mul_(self.step[part].to(wide).unsqueeze(1))
-            )
+            values = _split_bits(packed[part], self.bits).to(wide).add_(0.5)
+            values.sub_(uniform(values.shape, generator=draws))
+            values.mul_(self.step[part].to(wide).unsqueeze(1))
             result[part] = values.add_(self.low[part].to(wide).unsqueeze(1))
         return result.view(-1)[: self.size]
 
@@ -97,37 +108,35 @@ class LowRank(NamedTuple):
 Packed = Codes | Integers | LowRank
 
 
-def encode(values: Tensor, *, bits: int, generator: torch.Generator) -> Codes:
-    """Codes of `bits` (4, 5, 6 or 8) for values (n,) of a floating type.
-
-    generator: on the values' device; four draws take one 64-bit number of it.
-    """
-    size, levels = values.numel(), 2**bits - 1
-    groups = -(-size // GROUP)
+def encode(values: Tensor, *, bits: int, seed: int) -> Codes:
+    """Codes of `bits` (4, 5, 6 or 8) for values (n,) of a floating type; `seed` of the dither."""
+    size, levels, width = values.numel(), 2**bits - 1, group_size(bits)
+    groups = -(-size // width)
     device = values.device
-    codes = torch.empty(groups, GROUP * bits // 8, dtype=torch.uint8, device=device)
+    codes = torch.empty(groups, width * bits // 8, dtype=torch.uint8, device=device)
     low = torch.empty(groups, dtype=torch.bfloat16, device=device)
     step = torch.empty_like(low)
     wide = torch.promote_types(values.dtype, torch.float32)
-    rows = max(1, _BLOCK // GROUP)
+    draws = torch.Generator(device).manual_seed(seed)
+    rows = _BLOCK // width
     for start in range(0, groups, rows):
-        part = values[start * GROUP : (start + rows) * GROUP]
-        if missing := -part.numel() % GROUP:
+        part = values[start * width : (start + rows) * width]
+        if missing := -part.numel() % width:
             part = torch.cat((part, part[-1:].expand(missing)))
-        part = part.view(-1, GROUP).to(wide)
+        part = part.view(-1, width).to(wide)
         least, most = torch.aminmax(part, dim=1, keepdim=True)
         floor = (least - least.abs() * _BF16_SLACK).bfloat16()
-        unit = ((most - floor) * ((1.0 + _BF16_SLACK) / levels)).clamp_min_(_MIN_STEP).bfloat16()
-        scaled = (part - floor.to(wide)).div_(unit.to(wide))
-        whole = scaled.add_(uniform(scaled.shape, generator=generator)).to(torch.uint8)
+        unit = ((most - floor) * ((1.0 + _BF16_SLACK) / levels)).bfloat16()  # 0 for zeros alone
+        scaled = (part - floor.to(wide)).div_(unit.to(wide).clamp_min_(_MIN_STEP))
+        whole = scaled.add_(uniform(scaled.shape, generator=draws)).to(torch.uint8)
         block = slice(start, start + len(part))
         codes[block] = _join_bits(whole, bits)
         low[block], step[block] = floor.squeeze(1), unit.squeeze(1)
-    return Codes(codes.view(-1), low, step, bits, size, values.dtype)
+    return Codes(codes.view(-1), low, step, seed, bits, size, values.dtype)
 
 
 def _join_bits(codes: Tensor, bits: int) -> Tensor:
-    """(rows, GROUP) uint8 below 2^bits -> (rows, GROUP bits / 8).
+    """(rows, group) uint8 below 2^bits -> (rows, group bits / 8).
 
     The low four bits of two neighbours share a byte; each further bit is a plane of its own, eight
     numbers in a byte.
@@ -146,7 +155,8 @@ def _split_bits(joined: Tensor, bits: int) -> Tensor:
     """Inverse of `_join_bits`."""
     if bits == 8:
         return joined
-    low, *planes = joined.split([GROUP // 2, *[GROUP // 8] * (bits - 4)], dim=1)
+    width = group_size(bits)
+    low, *planes = joined.split([width // 2, *[width // 8] * (bits - 4)], dim=1)
     codes = torch.stack((low & 15, low >> 4), dim=-1).flatten(1)
     places = torch.arange(8, dtype=torch.uint8, device=joined.device)
     for place, plane in enumerate(planes, start=4):
@@ -154,9 +164,7 @@ def _split_bits(joined: Tensor, bits: int) -> Tensor:
     return codes
 
 
-def encode_low_rank(
-    values: Tensor, *, basis: Tensor, bits: int, generator: torch.Generator
-) -> LowRank:
+def encode_low_rank(values: Tensor, *, basis: Tensor, bits: int, seed: int) -> LowRank:
     """values (n,), n a multiple of D, by their part in the orthonormal basis (D, r) and the rest.
 
     The rest is taken from the rounded part, so that nothing is lost but by its own codes.
@@ -164,17 +172,18 @@ def encode_low_rank(
     matrix = values.view(-1, len(basis)).to(basis.dtype)
     parts = (matrix @ basis).bfloat16()
     rest = torch.addmm(matrix, parts.to(basis.dtype), basis.mT, alpha=-1.0)
-    codes = encode(rest.view(-1).to(values.dtype), bits=bits, generator=generator)
+    codes = encode(rest.view(-1).to(values.dtype), bits=bits, seed=seed)
     return LowRank(parts, basis, codes)
 
 
-def find_basis(matrix: Tensor, *, rank: int, generator: torch.Generator) -> Tensor:
+def find_basis(matrix: Tensor, *, rank: int, seed: int) -> Tensor:
     """Orthonormal (D, rank) fp32 that holds most of the rows of matrix (rows, D).
 
     One subspace iteration from random directions, on at most 4,096 evenly spaced rows.
     """
     rows = matrix[:: max(1, len(matrix) // 4096)].float()
-    start = torch.randn(rows.shape[1], rank, generator=generator, device=rows.device)
+    draws = torch.Generator(rows.device).manual_seed(seed)
+    start = torch.randn(rows.shape[1], rank, generator=draws, device=rows.device)
     basis = torch.linalg.qr(rows.mT @ (rows @ start)).Q
     return torch.linalg.qr(rows.mT @ (rows @ basis)).Q
 

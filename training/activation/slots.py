@@ -4,11 +4,11 @@ A block saves its tensors in the same order in every forward, so (layer, positio
 slot, and what was learned about it holds for the next step. Every PROBE_INTERVAL calls a slot is
 probed: is it a form of a weight (then it is left alone), small integers (then int8 without loss),
 or does the cheapest coding stay below the error threshold? 8 bits, once needed, are kept until the
-next probe. Left alone as well are tensors much smaller than the residual stream, and those with one
-number a row: norms, steps and decays, cheap to keep, whose error is that of a whole row's gradient
-(at 4 bits the scan's norms, one number in 200, made 0.86 of the squared error of all tensors). So
-are the router's: the gradient of a maximum looks for the entries that are equal to it, and rounded
-ones never are.
+next probe. Left alone as well are tensors much smaller than the residual stream (one number per head:
+steps and decays, by some of which backward divides) and those with one number a row (norms): cheap
+to keep, with an error of a whole row's gradient (at 4 bits the scan's norms, one number in 200,
+made 0.86 of the squared error of all tensors). So are the router's: the gradient of a maximum looks
+for the entries that are equal to it, and rounded ones never are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from training.activation.quantize import (
 
 PROBE_INTERVAL = 32
 MIN_ELEMENTS = 4096
-STREAM_SHARE = 16  # tensors below this part of the residual stream stay as they are
+STREAM_SHARE = 8  # tensors up to this part of the residual stream stay as they are
 # Codings from the cheapest on; "exact" keeps the tensor.
 CODINGS = ("int4", "low_rank", "int8")
 WIDTHS = {"int4": 4, "int5": 5, "int6": 6, "int8": 8}  # those between for byte budgets
@@ -121,7 +122,7 @@ class BlockTensors:
 
     is_shared: tensors whose memory exists anyway. weight_forms: gives, for a tensor of a weight's
     shape, the tensors it might be, for "weight". stream_elements: numbers of a residual stream.
-    num_experts: width of the router's tensors, 0 = no router.
+    num_experts: width of the router's tensors, 0 = no router. random: gives seeds of roundings.
     """
 
     def __init__(
@@ -133,16 +134,16 @@ class BlockTensors:
         weight_forms: Callable[[Tensor], Iterator[Tensor]],
         stream_elements: int,
         num_experts: int,
-        generator: torch.Generator,
+        random: Random,
         tally: Tally,
     ) -> None:
         self.book, self.layer, self.tally = book, layer, tally
         self.position = 0
         self._is_shared = is_shared
         self._weight_forms = weight_forms
-        self._least = max(MIN_ELEMENTS, stream_elements // STREAM_SHARE)
+        self._least = max(MIN_ELEMENTS, stream_elements // STREAM_SHARE + 1)
         self._num_experts = num_experts
-        self._generator = generator
+        self._random = random
         self._meter, self._stored = SavedMeter(is_shared), SavedMeter(is_shared)
         self._kept: dict[tuple[Any, ...], tuple[StorageWeakRef, Kept | Tensor]] = {}
         self._asked: set[tuple[Any, ...]] = set()
@@ -256,7 +257,7 @@ class BlockTensors:
             return None
         if slot.coding == "low_rank":
             slot.basis = find_basis(
-                values.view(-1, width), rank=self.book.rules.rank, generator=self._generator
+                values.view(-1, width), rank=self.book.rules.rank, seed=self._seed()
             )
         packed = self._code(slot, values, width)
         slot.error = relative_error(packed, values)
@@ -276,16 +277,19 @@ class BlockTensors:
             slot.coding, slot.calls = "int8", PROBE_INTERVAL
         if slot.coding == "low_rank" and slot.basis is not None:
             if not values.numel() % width and len(slot.basis) == width:
-                return encode_low_rank(values, basis=slot.basis, bits=4, generator=self._generator)
+                return encode_low_rank(values, basis=slot.basis, bits=4, seed=self._seed())
             slot.coding, slot.calls = "int8", PROBE_INTERVAL
         bits = WIDTHS.get(slot.coding or "", 8)
-        packed = encode(values, bits=bits, generator=self._generator)
+        packed = encode(values, bits=bits, seed=self._seed())
         if bits == 4 and slot.calls and not self.book.rules.budgeted:
             slot.error = relative_error(packed, values)
             if slot.error > self.book.rules.error_threshold:
                 slot.coding = "int8"
-                return encode(values, bits=8, generator=self._generator)
+                return encode(values, bits=8, seed=self._seed())
         return packed
+
+    def _seed(self) -> int:
+        return self._random.getrandbits(63)
 
     def _compact(self, tensor: Tensor) -> Tensor:
         """The tensor, without the rest of a much larger storage that it would keep alive."""
