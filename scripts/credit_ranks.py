@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.ablation import Arm, Lane
 from scripts.bench_common import cpu_name, load_average
@@ -33,6 +32,7 @@ from training.credit import UpdateTrial
 from training.optim.c3o import C3O
 from training.runtime.environment import versions
 
+PROFILE = Path(__file__).resolve().parent.parent / "profiles" / "quickstart.txt"
 FLAGS = (
     "--device cpu --optimizer c3o --c3o-credit-enabled --c3o-credit-gain 0 --batch-size 2 "
     "--warmup-steps 10 --eval-interval 0 --sample-interval 0 --probe-batch-size 8 "
@@ -108,8 +108,7 @@ def spearman(left: Tensor, right: Tensor) -> float:
 
 def run(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one seed's run."""
-    profile = f"@{PROJECT / 'profiles' / 'quickstart.txt'}"
-    flags = [profile, *FLAGS.split(), *options.flags.split()]
+    flags = [f"@{PROFILE}", *FLAGS.split(), *options.flags.split()]
     with tempfile.TemporaryDirectory() as directory:
         lane = Lane(
             flags, Arm(name="run"), seed=seed, steps=options.steps, directory=Path(directory)

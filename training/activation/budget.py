@@ -2,9 +2,9 @@
 
 The sensitivity of a slot is measured: the block's gradients are taken once from exact tensors and
 once with this one tensor at 4 bits; the relative squared difference is what 4 bits cost. Variance
-goes with the square of the step, so 8 bits cost (15/255)^2 of it and a little more, as their groups are
-twice as long and so reach farther. All slots start at 4 bits, and
-the budget buys, in the order of error removed per byte, 5, 6 and 8 bits and then the exact tensor.
+goes with the square of the step, so 8 bits cost (15/255)^2 of it and a little more, as their groups
+are twice as long and so reach farther. All slots start at 4 bits, and the budget buys, in the order
+of error removed per byte, 5, 6 and 8 bits and then the exact tensor.
 
 Source: GACT 2206.11357 (sensitivity from gradients, bits by a greedy allocation).
 """

@@ -4,11 +4,11 @@ A block saves its tensors in the same order in every forward, so (layer, positio
 slot, and what was learned about it holds for the next step. Every PROBE_INTERVAL calls a slot is
 probed: is it a form of a weight (then it is left alone), small integers (then int8 without loss),
 or does the cheapest coding stay below the error threshold? 8 bits, once needed, are kept until the
-next probe. Left alone as well are tensors much smaller than the residual stream (one number per head:
-steps and decays, by some of which backward divides) and those with one number a row (norms): cheap
-to keep, with an error of a whole row's gradient (at 4 bits the scan's norms, one number in 200,
-made 0.86 of the squared error of all tensors). So are the router's: the gradient of a maximum looks
-for the entries that are equal to it, and rounded ones never are.
+next probe. Left alone as well are tensors much smaller than the residual stream (one number per
+head: steps and decays, by some of which backward divides) and those with one number a row (norms):
+cheap to keep, with an error of a whole row's gradient (at 4 bits the scan's norms, one number in
+200, made 0.86 of the squared error of all tensors). So are the router's: the gradient of a maximum
+looks for the entries that are equal to it, and rounded ones never are.
 """
 
 from __future__ import annotations

@@ -157,8 +157,7 @@ def test_a_low_rank_part_makes_the_rest_small_and_stays_unbiased():
     plain = encode(x.view(-1), bits=4, seed=6)
     assert relative_error(packed, x.view(-1)) < 0.2 * relative_error(plain, x.view(-1))
     mean = sum(
-        encode_low_rank(x.view(-1), basis=found, bits=4, seed=seed).decode()
-        for seed in range(200)
+        encode_low_rank(x.view(-1), basis=found, bits=4, seed=seed).decode() for seed in range(200)
     )
     error = (mean / 200 - x.view(-1)).norm() / (packed.decode() - x.view(-1)).norm()
     assert error < 1.3 / math.sqrt(200)
