@@ -15,7 +15,7 @@ from training.credit import UpdateTrial, leave_one_block_out, masked_credit
 from training.probe import Probe
 
 WARM_UP = 40
-PROBES = 12
+SEEDS, PROBES = (0, 1, 2), 4
 
 
 def spearman(left, right):
@@ -26,8 +26,8 @@ def spearman(left, right):
 class Trained:
     """A model in the middle of its training, and one more update under a probe."""
 
-    def __init__(self, quant_mode):
-        self.model = small_model(quant_mode=quant_mode)
+    def __init__(self, **settings):
+        self.model = small_model(**settings)
         # A gain of 0 leaves the trajectory alone, so the three probes see plain updates.
         self.optimizer = c3o_for(self.model, block_size=2048, credit_gain=0.0)
         self.generator = torch.Generator().manual_seed(3)
@@ -40,7 +40,9 @@ class Trained:
     def probe(self, number):
         """First-order credit of one more update, and the trial of it on the same probe batch."""
         control, model = self.optimizer.control, self.model
-        held_out = chain_batch(torch.Generator().manual_seed(100 + number), rows=16)
+        # On little text the exact credit is mostly jumps: of roundings, and of tokens that go to
+        # other experts.
+        held_out = chain_batch(torch.Generator().manual_seed(100 + number), rows=64)
         probe = Probe([held_out], device=torch.device("cpu"))
         params = [p for part in control.parts for g in part.param_groups for p in g["params"]]
         before = [param.detach().clone() for param in params]
@@ -60,36 +62,36 @@ class Trained:
         return first, trial
 
 
-@pytest.fixture(scope="module")
-def ternary():
-    return Trained("bitnet_1_58")
-
-
-def test_first_order_credit_ranks_ternary_blocks_as_leaving_them_out(ternary):
-    """Means over three seeds: 0.68, 0.67, 0.68."""
-    found = []
+def ranks(trained):
+    """Rank correlations of first-order and exact credit by probe; the last of both credits."""
+    found, first, exact = [], torch.empty(0), torch.empty(0)
     for number in range(PROBES):
-        first, trial = ternary.probe(number)
-        exact = leave_one_block_out(trial, num_blocks=len(first), device=torch.device("cpu"))
-        found.append(spearman(first, exact))
-    assert sum(found) / len(found) > 0.5, found
-    # Negative control: the credit of other blocks says nothing.
-    shuffled = first[torch.randperm(len(first), generator=torch.Generator().manual_seed(0))]
-    assert abs(spearman(shuffled, exact)) < 0.5
-
-
-def test_first_order_credit_of_a_smooth_model_is_nearly_exact():
-    trained = Trained("none")
-    found = []
-    for number in range(4):  # single probes reach from 0.7 to 1
         first, trial = trained.probe(number)
         exact = leave_one_block_out(trial, num_blocks=len(first), device=torch.device("cpu"))
         found.append(spearman(first, exact))
-    assert sum(found) / len(found) > 0.75, found
+    return found, first, exact
 
 
-def test_randomised_credit_ranks_blocks_as_leaving_them_out(ternary):
-    first, trial = ternary.probe(9)
+def test_first_order_credit_ranks_blocks_of_the_default_network_as_leaving_them_out():
+    """Ternary weights, int8 activations, experts. Means of the seeds: 0.53 to 0.65."""
+    found = []
+    for seed in SEEDS:
+        own, first, exact = ranks(Trained(seed=seed))
+        found += own
+        # Negative control: the credit of other blocks says nothing.
+        shuffled = first[torch.randperm(len(first), generator=torch.Generator().manual_seed(0))]
+        assert abs(spearman(shuffled, exact)) < 0.5
+    assert sum(found) / len(found) > 0.5, found
+
+
+def test_without_rounding_and_routing_it_is_nearly_exact():
+    """Nothing jumps then, and what is left is curvature."""
+    found, _, _ = ranks(Trained(quant_mode="none", experts=0))
+    assert sum(found) / len(found) > 0.95, found
+
+
+def test_randomised_credit_ranks_blocks_as_leaving_them_out():
+    first, trial = Trained().probe(9)
     exact = leave_one_block_out(trial, num_blocks=len(first), device=torch.device("cpu"))
     masked, error = masked_credit(
         trial.loss,
