@@ -5,6 +5,10 @@
 Runs with C3O train undisturbed (gain 0: all factors are one). At some probes a sample of the blocks
 that moved is left out one by one, on the probe's own text: as many ternary blocks as others. Kept
 are Spearman's rank correlation of the two credits, and the placebo: credits of other blocks.
+
+The exact credit is no smooth function: the least change of a weight turns roundings of activations
+and sends tokens to other experts. `floor_nats` is what changes of a millionth do to the loss; a
+block whose credit is not well above it cannot be ranked by leaving it out.
 """
 
 from __future__ import annotations
@@ -39,14 +43,15 @@ FLAGS = (
     "--probe-batches 16"
 )
 MOVED = 1e-12  # length of a step below which a block counts as one that stayed
+NOTHING, FLOOR_DRAWS = 1e-6, 8
 
 
 class Listener:
-    """Hears the probes of a C3O and, at every `every`-th, leaves `count` blocks of a kind out."""
+    """Hears the probes of a C3O and, at those asked for, leaves `count` blocks of a kind out."""
 
-    def __init__(self, control: C3O, *, every: int, count: int, seed: int) -> None:
+    def __init__(self, control: C3O, *, probes: set[int], count: int, seed: int) -> None:
         self._control = control
-        self._every, self._count = every, count
+        self._probes, self._count = probes, count
         self._begin, self._finish = control.begin_probe, control.finish_probe
         self._random = torch.Generator().manual_seed(seed)
         self._latent: list[Tensor] = []
@@ -66,13 +71,26 @@ class Listener:
     ) -> Tensor:
         control = self._control
         first = self._finish(gradients, evaluate=evaluate, generator=generator)
-        if (control.num_probes - 1) % self._every == 0:
+        if control.num_probes in self._probes:
             params = list(control._layouts)
             steps = [old - param.detach() for old, param in zip(self._latent, params)]
             trial = UpdateTrial(params, steps, layout=control._layout, evaluate=evaluate)
             moved = control._layout.norms(steps) > MOVED
-            self.rows.append({"probe": control.num_probes} | self._compare(first, trial, moved))
+            row = {"probe": control.num_probes} | self._compare(first, trial, moved)
+            self.rows.append(row | {"floor_nats": self._floor(params, evaluate)})
         return first
+
+    @torch.no_grad()
+    def _floor(self, params: list[Tensor], evaluate: Callable[[], Tensor]) -> float:
+        """Median change of the loss when every weight changes by about a millionth."""
+        found, full, changes = [param.detach().clone() for param in params], evaluate(), []
+        for _ in range(FLOOR_DRAWS):
+            for param in params:
+                noise = torch.randn(param.shape, generator=self._random)
+                param.mul_(1.0 + NOTHING * noise)
+            changes.append(abs(float(evaluate() - full)))
+            torch._foreach_copy_(params, found)
+        return statistics.median(changes)
 
     def _compare(self, first: Tensor, trial: UpdateTrial, moved: Tensor) -> dict[str, Any]:
         control = self._control
@@ -115,18 +133,18 @@ def run(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         )
         control = lane.trainer.optimizer.control
         assert isinstance(control, C3O)
-        listener = Listener(control, every=options.every, count=options.blocks, seed=seed)
+        probes = {int(number) for number in options.probes.split(",")}
+        listener = Listener(control, probes=probes, count=options.blocks, seed=seed)
         lane.advance(options.steps, clock=time.process_time)
         lane.close()
     return listener.rows
 
 
 def summarise(seeds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean over seeds of each seed's mean over its probes after the first, with its interval; the
-    first probe meets freshly drawn weights."""
+    """Mean over seeds of each seed's mean over its probes, with its interval."""
     result = {}
-    for kind in ("all", "ternary", "other", "placebo"):
-        means = [statistics.fmean(row[kind] for row in rows[1:]) for rows in seeds.values()]
+    for kind in ("all", "ternary", "other", "placebo", "median_nats", "floor_nats"):
+        means = [statistics.fmean(row[kind] for row in rows) for rows in seeds.values()]
         result[kind] = {"mean": statistics.fmean(means), "seeds": means}
         if len(means) > 1:
             reach = t_quantile(0.975, degrees=len(means) - 1) * statistics.stdev(means)
@@ -140,8 +158,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=97)
-    parser.add_argument("--every", type=int, default=4, help="probes, of which there is one in 8")
-    parser.add_argument("--blocks", type=int, default=80, help="of each kind")
+    parser.add_argument("--probes", default="5,9,13", help="numbers of probes, one every 8 steps")
+    parser.add_argument("--blocks", type=int, default=60, help="of each kind")
     parser.add_argument("--flags", default="", help="further flags of the runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
