@@ -1,9 +1,11 @@
-"""Saved activations as codes of 4, 5, 6 or 8 bits, unbiased by subtracted dither.
+"""Saved activations as codes of 4, 5, 6 or 8 bits, unbiased by noise that is drawn twice.
 
-A number in steps gets random noise u in [0, 1) before it is cut to a whole code, and the very same
-noise, drawn again from its seed, is taken off when the code is read. What remains is an error
-uniform in half a step either way, whatever the number was: mean zero, and half the variance that
-stochastic rounding has with as many bits (1/12 of a squared step instead of 1/6).
+A number in steps gets noise u in [0, 1) before it is cut to a whole code. Left at that, it is
+stochastic rounding: a number at f between two codes ends at either, with variance f (1 - f), 1/6 of
+a squared step on average. Subtracted dither takes the very same noise, drawn again from its seed,
+off when the code is read: the error is uniform in half a step either way, whatever the number was,
+with variance 1/12. Each group of numbers takes the better of the two, which its step's sign tells:
+dither as a rule, rounding where numbers lie on codes (the zeros of a masked attention map, say).
 
 Groups of neighbours share an offset and a step, so that one outlier costs few numbers their
 precision: 64, and 32 at 4 bits, where steps are widest. Both span the group's own range, not one
@@ -38,7 +40,7 @@ def group_size(bits: int) -> int:
 
 class Codes(NamedTuple):
     """Numbers as unsigned codes: value = low + (code + 1/2 - u) step of the number's group, with u
-    the dither of `seed`.
+    the noise of `seed`; where the step is negative, value = low + code |step|.
 
     codes: uint8, `bits` bytes for 8 numbers, see `_join_bits`; low, step: (groups,) bf16.
     """
@@ -65,9 +67,10 @@ class Codes(NamedTuple):
         packed = self.codes.view(groups, -1)
         for start in range(0, groups, rows):
             part = slice(start, start + rows)
-            values = _split_bits(packed[part], self.bits).to(wide).add_(0.5)
-            values.sub_(uniform(values.shape, generator=draws))
-            values.mul_(self.step[part].to(wide).unsqueeze(1))
+            values = _split_bits(packed[part], self.bits).to(wide)
+            noise = uniform(values.shape, generator=draws)
+            step = self.step[part].to(wide).unsqueeze(1)
+            values.add_(noise.neg_().add_(0.5).mul_(step > 0.0)).mul_(step.abs())
             result[part] = values.add_(self.low[part].to(wide).unsqueeze(1))
         return result.view(-1)[: self.size]
 
@@ -109,7 +112,7 @@ Packed = Codes | Integers | LowRank
 
 
 def encode(values: Tensor, *, bits: int, seed: int) -> Codes:
-    """Codes of `bits` (4, 5, 6 or 8) for values (n,) of a floating type; `seed` of the dither."""
+    """Codes of `bits` (4, 5, 6 or 8) for values (n,) of a floating type; `seed` of the noise."""
     size, levels, width = values.numel(), 2**bits - 1, group_size(bits)
     groups = -(-size // width)
     device = values.device
@@ -128,10 +131,12 @@ def encode(values: Tensor, *, bits: int, seed: int) -> Codes:
         floor = (least - least.abs() * _BF16_SLACK).bfloat16()
         unit = ((most - floor) * ((1.0 + _BF16_SLACK) / levels)).bfloat16()  # 0 for zeros alone
         scaled = (part - floor.to(wide)).div_(unit.to(wide).clamp_min_(_MIN_STEP))
+        rest = scaled.frac()
+        on_codes = rest.mul_(1.0 - rest).mean(1, keepdim=True) < 1.0 / 12.0
         whole = scaled.add_(uniform(scaled.shape, generator=draws)).to(torch.uint8)
         block = slice(start, start + len(part))
         codes[block] = _join_bits(whole, bits)
-        low[block], step[block] = floor.squeeze(1), unit.squeeze(1)
+        low[block], step[block] = floor.squeeze(1), torch.where(on_codes, -unit, unit).squeeze(1)
     return Codes(codes.view(-1), low, step, seed, bits, size, values.dtype)
 
 
