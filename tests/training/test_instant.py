@@ -132,6 +132,25 @@ def test_what_backward_divides_by_is_kept_exactly():
         assert torch.equal(value, found), name
 
 
+@pytest.mark.parametrize("layout", ["two-stream", "standard"])
+def test_no_gradient_reaches_a_token_that_came_later(layout):
+    """The zeros of masks are zeros in backward, too, however coarse the codes."""
+    model = patched(
+        make_model(residual_layout=layout), mode="compress", error_threshold=10.0, comp_dim=0
+    )
+    ids, _ = batch(length=200)
+    seen = []
+    model.embed.register_forward_hook(
+        lambda module, inputs, output: output.register_hook(seen.append) and None
+    )
+    labels = torch.full_like(ids, -100)
+    labels[:, 100] = ids[:, 101]
+    model(ids, labels=labels).loss.backward()
+    assert {"int4"} <= {slot.coding for slot in instant_memory(model).book.slots.values()}
+    assert seen[0][:, :101].abs().sum(-1).min() > 0.0
+    assert (seen[0][:, 101:] == 0.0).all()
+
+
 def test_the_mean_of_many_compressed_gradients_is_the_gradient():
     """Two layers of one kind each: the error of the mean falls as one over the root of the count.
 

@@ -4,8 +4,8 @@ A number in steps gets noise u in [0, 1) before it is cut to a whole code. Left 
 stochastic rounding: a number at f between two codes ends at either, with variance f (1 - f), 1/6 of
 a squared step on average. Subtracted dither takes the very same noise, drawn again from its seed,
 off when the code is read: the error is uniform in half a step either way, whatever the number was,
-with variance 1/12. Each group of numbers takes the better of the two, which its step's sign tells:
-dither as a rule, rounding where numbers lie on codes (the zeros of a masked attention map, say).
+with variance 1/12. That is the rule. Groups whose least number is 0 are rounded instead, which the
+sign of their step tells: so zeros of a masked map stay zeros, and no gradient passes through them.
 
 Groups of neighbours share an offset and a step, so that one outlier costs few numbers their
 precision: 64, and 32 at 4 bits, where steps are widest. Both span the group's own range, not one
@@ -131,12 +131,13 @@ def encode(values: Tensor, *, bits: int, seed: int) -> Codes:
         floor = (least - least.abs() * _BF16_SLACK).bfloat16()
         unit = ((most - floor) * ((1.0 + _BF16_SLACK) / levels)).bfloat16()  # 0 for zeros alone
         scaled = (part - floor.to(wide)).div_(unit.to(wide).clamp_min_(_MIN_STEP))
-        rest = scaled.frac()
-        on_codes = rest.mul_(1.0 - rest).mean(1, keepdim=True) < 1.0 / 12.0
         whole = scaled.add_(uniform(scaled.shape, generator=draws)).to(torch.uint8)
         block = slice(start, start + len(part))
         codes[block] = _join_bits(whole, bits)
-        low[block], step[block] = floor.squeeze(1), torch.where(on_codes, -unit, unit).squeeze(1)
+        low[block], step[block] = (
+            floor.squeeze(1),
+            torch.where(least == 0.0, -unit, unit).squeeze(1),
+        )
     return Codes(codes.view(-1), low, step, seed, bits, size, values.dtype)
 
 

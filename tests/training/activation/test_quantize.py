@@ -39,15 +39,8 @@ def test_a_thousand_roundings_average_to_the_value(bits):
     """Bias below 4.5 standard errors for each of 261 numbers, and 3 for their mean z."""
     x = values()
     decoded = torch.stack([encode(x, bits=bits, seed=draw).decode() for draw in range(1000)])
-    codes = encode(x, bits=bits, seed=0)
-    step, low = per_number(codes.step, codes), per_number(codes.low, codes)
-    rest = ((x - low) / step.abs()).double() % 1.0
-    variance = torch.where(step > 0, 1 / 12, rest * (1 - rest))
-    # Beside an outlier numbers lie so near a code that they are hardly ever rounded to the next.
-    often = variance > 0.025
-    assert often.float().mean() > 0.7
-    z = (decoded.double().mean(0) - x.double()) / (step.abs() * (variance / 1000).sqrt())
-    z = z[often]
+    error = decoded.double().mean(0) - x.double()
+    z = error / (decoded.double().std(0) / math.sqrt(1000))
     assert z.abs().max() < 4.5
     assert abs(float(z.mean())) * math.sqrt(len(z)) < 3.0
     assert 0.8 < float(z.std()) < 1.2
@@ -71,17 +64,17 @@ def test_the_error_is_uniform_in_half_a_step_whatever_the_number(bits):
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
-def test_a_group_whose_numbers_lie_on_codes_is_rounded_instead(bits):
-    """Half a map of zeros: dither would put noise of a whole step's range into each of them."""
+def test_zeros_below_all_others_stay_zeros(bits):
+    """Those numbers are rounded stochastically: a code off at most, 1/6 of a step squared."""
     x = torch.rand(400, 64, generator=generator())
-    x[:, 8:] = 0.0
+    x[:, 8::9] = 0.0
     codes = encode(x.view(-1), bits=bits, seed=0)
-    error = (codes.decode() - x.view(-1)) / per_number(codes.step, codes).abs().clamp_min(1e-9)
-    assert (error.view(x.shape)[:, 8:] == 0.0).all()
-    spread = error.view(x.shape)[:, :8].square().mean()
-    assert spread == pytest.approx(1 / 6, rel=0.1) and float(codes.step.max()) <= 0.0
-    noisy = encode(x[:, :8].contiguous().view(-1), bits=bits, seed=0)
-    assert (noisy.step > 0.0).float().mean() > 0.99
+    error = (codes.decode() - x.view(-1)) / per_number(codes.step, codes).abs()
+    assert (error[x.view(-1) == 0.0] == 0.0).all() and (codes.step < 0.0).all()
+    assert error.abs().max() <= 1.001
+    assert error[x.view(-1) > 0.0].square().mean() == pytest.approx(1 / 6, rel=0.05)
+    noisy = encode((x + 0.01).view(-1), bits=bits, seed=0)
+    assert (noisy.step > 0.0).all()
 
 
 def test_a_code_is_read_with_the_dither_of_its_seed():
@@ -104,7 +97,7 @@ def test_codes_take_as_many_bits_as_they_say(bits):
 def test_rounding_to_the_nearest_would_fail_the_test_of_a_thousand():
     x = values()
     codes = encode(x, bits=4, seed=2)
-    low, steps = per_number(codes.low, codes), per_number(codes.step, codes).abs()
+    low, steps = per_number(codes.low, codes), per_number(codes.step, codes)
     nearest = ((x - low) / steps).round() * steps + low
     spread = steps / math.sqrt(12 * 1000)
     assert ((nearest - x) / spread).abs().max() > 4.5
@@ -112,16 +105,14 @@ def test_rounding_to_the_nearest_would_fail_the_test_of_a_thousand():
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_decoded_number_is_half_a_step_away_or_a_step_where_it_is_rounded(bits, dtype):
+def test_a_decoded_number_is_half_a_step_away_at_most(bits, dtype):
     x = values().clamp(-6e4, 6e4).to(dtype)
     codes = encode(x, bits=bits, seed=0)
     back = codes.decode()
     assert back.dtype == dtype and back.shape == x.shape
     rounding = x.float().abs() * torch.finfo(dtype).eps
     gap = (back.float() - x.float()).abs()
-    step = per_number(codes.step, codes)
-    assert {bool(sign) for sign in step > 0} == {True, False}
-    assert (gap <= torch.where(step > 0, 0.501 * step, -1.001 * step) + rounding).all()
+    assert (gap <= per_number(codes.step, codes) * 0.501 + rounding).all()
 
 
 def test_blocks_of_a_large_tensor_draw_on():
