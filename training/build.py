@@ -67,7 +67,7 @@ from training.sigma_trainer import SigmaTrainer
 from training.sources.embedded import reference_bits_per_byte
 from training.spare_memory import within_memory
 from training.step_graph import CudaGraphs, StepGraph
-from training.stream.batch import BatchStream
+from training.stream.batch import BatchStream, closed_on_error
 from training.stream.open_stream import deciding_flags
 from training.tokenizer import Tokenizer
 
@@ -246,41 +246,42 @@ def build_trainer(
         batch_size=config.data.batch_size, accumulation=config.data.grad_accum_steps
     )
     stream = build_stream(config, tokenizer, corpus)
-    clock = build_clock(config, display, device)
-    scaler = build_scaler(config, device)
-    services = RunServices(
-        clock=clock,
-        store=store,
-        saves=SaveSchedule(store, interval=config.run.save_interval, say=display.message),
-        plan=plan,
-        memory=build_memory_guard(config, plan, stream, display, device),
-        watchdog=build_watchdog(config, display),
-        recorder=recorder,
-        audit=guards,
-        scaler=scaler,
-        evaluate=build_evaluator(config, corpus, device, say=display.message),
-        sample=build_sampler(config, tokenizer, device, say=display.message),
-        on_open=lambda: (write_resolved(config, Path(config.run.output_dir)), guards.open()),
-        report=ReportRefresher(write_report, say=display.message),
-        passes=build_passes(config, model, scaler, device),
-        start_facts=start_facts(config, model),
-        config_hash=config_hash(config),
-        policy=build_policy(config),
-        probe=probe,
-        rl=build_rl(config, model, tokenizer, stream=stream, clock=clock, features=feature_set),
-        replay=build_replay(config, tokenizer),
-        hydra=build_hydra(config, model, tokenizer, corpus=corpus, stream=stream, clock=clock),
-        trials=build_trials(config, probe, say=display.message),
-    )
-    return SigmaTrainer(
-        config,
-        model=model,
-        optimizer=build_optimizer(config, model),
-        stream=stream,
-        features=feature_set,
-        services=services,
-        device=device,
-    )
+    with closed_on_error(stream):
+        clock = build_clock(config, display, device)
+        scaler = build_scaler(config, device)
+        services = RunServices(
+            clock=clock,
+            store=store,
+            saves=SaveSchedule(store, interval=config.run.save_interval, say=display.message),
+            plan=plan,
+            memory=build_memory_guard(config, plan, stream, display, device),
+            watchdog=build_watchdog(config, display),
+            recorder=recorder,
+            audit=guards,
+            scaler=scaler,
+            evaluate=build_evaluator(config, corpus, device, say=display.message),
+            sample=build_sampler(config, tokenizer, device, say=display.message),
+            on_open=lambda: (write_resolved(config, Path(config.run.output_dir)), guards.open()),
+            report=ReportRefresher(write_report, say=display.message),
+            passes=build_passes(config, model, scaler, device),
+            start_facts=start_facts(config, model),
+            config_hash=config_hash(config),
+            policy=build_policy(config),
+            probe=probe,
+            rl=build_rl(config, model, tokenizer, stream=stream, clock=clock, features=feature_set),
+            replay=build_replay(config, tokenizer),
+            hydra=build_hydra(config, model, tokenizer, corpus=corpus, stream=stream, clock=clock),
+            trials=build_trials(config, probe, say=display.message),
+        )
+        return SigmaTrainer(
+            config,
+            model=model,
+            optimizer=build_optimizer(config, model),
+            stream=stream,
+            features=feature_set,
+            services=services,
+            device=device,
+        )
 
 
 def prepare_process(config: SigmaConfig) -> torch.device:

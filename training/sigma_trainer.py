@@ -30,7 +30,7 @@ from training.runtime.rng_state import capture_rng_state, restore_rng_state
 from training.runtime.run_state import join_run_state
 from training.runtime.signals import StopRequest
 from training.schedule import is_due, step_factors
-from training.stream.batch import BatchStream
+from training.stream.batch import BatchStream, closed_on_error
 from training.weight_update import apply_gradients
 
 
@@ -67,6 +67,7 @@ class SigmaTrainer:
         """Train to the last step, or until asked to stop; every failure leaves a crash JSON."""
         run = self.config.run
         with (
+            closed_on_error(self.stream),  # of a run whose directory is another's, say
             RunLock(self.output_dir),
             StopRequest(self.output_dir) as stop,
             self.services.watchdog as watchdog,

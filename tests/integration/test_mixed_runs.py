@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from tests.integration.runs import (
     tiny_flags,
     train,
 )
+from training.build import build_trainer
+from training.config.cli import parse_args
 from training.features import FEATURES
 from training.hidden_eval import read_manifest
+from training.runtime.locks import RunLock
 from training.runtime.report_html import write_report
 from training.sources.base import SourceError
 from training.sources.embedded import EmbeddedCorpus
@@ -56,6 +60,34 @@ def test_stopped_runs_with_other_workers_and_another_spool_end_at_the_same_bits(
     assert rows[0]["train_loss"] == rows[1]["train_loss"]
     # Rows differ in how full the queues were, and in nothing else of the run.
     assert [name for name in found if not name.startswith("row ")] == []
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("source ")]
+
+
+def test_a_second_start_lets_go_of_its_readers(folder, tmp_path):
+    """Left alone they fail aloud, or take the process down with them, as the interpreter ends."""
+    trainer = build_trainer(parse_args(flags(folder, tmp_path / "run", "--num-workers", "1")))
+    assert readers()
+    with RunLock(tmp_path / "run"), pytest.raises(RuntimeError, match="is in use by process"):
+        trainer.fit()
+    assert not readers()
+
+
+def test_a_start_that_fails_after_its_sources_have_answered_lets_go_of_them(
+    folder, tmp_path, monkeypatch
+):
+    seen = []
+
+    def refuse(*arguments):
+        seen.extend(readers())
+        raise RuntimeError("no optimizer")
+
+    monkeypatch.setattr("training.build.build_optimizer", refuse)
+    with pytest.raises(RuntimeError, match="no optimizer"):
+        build_trainer(parse_args(flags(folder, tmp_path / "run", "--num-workers", "1")))
+    assert seen and not readers()
 
 
 def test_with_the_network_off_a_hybrid_run_trains_and_says_so(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """What a training step reads: rows of tokens with labels, document starts and source ids."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +67,17 @@ class BatchStream(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@contextmanager
+def closed_on_error(stream: BatchStream) -> Iterator[None]:
+    """Lets go of the stream if the block fails. Its threads would outlive a program that ends for
+    another reason, and fail loudly while the interpreter shuts down."""
+    try:
+        yield
+    except BaseException:
+        stream.close()
+        raise
 
 
 def to_batch(

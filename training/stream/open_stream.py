@@ -23,6 +23,7 @@ from training.sources.registry import (
     open_source,
     source_specs,
 )
+from training.stream.batch import closed_on_error
 from training.stream.contamination import ContaminationIndex
 from training.stream.mixed_stream import MixedStream
 from training.stream.mixture import Mixture
@@ -109,11 +110,8 @@ def open_stream(
         settings=_stream_settings(config, specs, evaluation=_digest(evaluation)),
         on_close=None if pool is None else pool.shutdown,
     )
-    try:
+    with closed_on_error(stream):
         stream.start(patience_s=4.0 * options.source_read_timeout_sec)
-    except ValueError:
-        stream.close()
-        raise
     return stream
 
 

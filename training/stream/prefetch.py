@@ -186,8 +186,10 @@ class SourceReader:
         return 0.0
 
     def close(self) -> None:
-        """Stop the thread and close the source; a read that hangs is left to its end."""
+        """Stop the thread and close the source, once; a read that hangs is left to its end."""
         with self._changed:
+            if self._stopping:
+                return
             self._stopping = True
             self._changed.notify_all()
         if self._thread is not None:
