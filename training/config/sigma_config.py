@@ -41,6 +41,7 @@ from training.config.sections import (
     PrecisionConfig,
     RunConfig,
 )
+from training.config.ttt_sections import TTTConfig
 
 __all__ = ["ConfigError", "SigmaConfig"]
 
@@ -94,6 +95,7 @@ class SigmaConfig:
     hydra: HydraConfig = section(HydraConfig, title="Adapters per domain (Hydra)", prefix="hydra")
     merge: MergeConfig = section(MergeConfig, title="Merge of adapters", prefix="merge")
     generate: GenerateConfig = section(GenerateConfig, title="Evaluating and generating")
+    ttt: TTTConfig = section(TTTConfig, title="Test-time training", prefix="ttt")
 
     def model_config(self, vocab_size: int) -> SigmaModelConfig:
         """Shape of the network for a tokenizer of `vocab_size` tokens."""

@@ -1,7 +1,8 @@
 """`--mode eval`: bits per byte of the newest checkpoint, on a file or on the validation split.
 
-With `--hidden` it answers the hidden evaluation instead; a training run starts this mode in a
-process of its own (training/hidden_process.py).
+With `--ttt-enabled` the text is scored a second time by a model that learns from each chunk after
+its score (training/ttt.py). With `--hidden` it answers the hidden evaluation instead; a training
+run starts this mode in a process of its own (training/hidden_process.py).
 """
 
 from __future__ import annotations
@@ -15,26 +16,29 @@ from typing import Any
 from training.build import EVAL_BATCH_TOKENS, build_autocast
 from training.build_data import build_corpus
 from training.build_inference import TrainedModel, load_for_inference
-from training.config.sigma_config import SigmaConfig
+from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import Batch, text_batches, validation_batches
 from training.evaluation import evaluate_bpb, read_eval_file
 from training.hidden_eval import as_columns, choose_questions, evaluate_hidden, read_manifest
+from training.instant import apply_instant
 from training.runtime.environment import configure_threads, resolve_device
+from training.ttt import TTTSettings, evaluate_with_ttt
 
 
 def run(config: SigmaConfig) -> int:
     """Measure and print; ValueError says in one line what is missing. Reads only."""
+    if config.generate.hidden and config.ttt.enabled:
+        raise ConfigError("--ttt-enabled learns from a text that is scored: leave out --hidden")
     if config.generate.hidden:
         return _run_hidden(config)
     content = read_eval_file(config.generate.eval_file)
     device = resolve_device(config)
     configure_threads()
     loaded = load_for_inference(config)
-    batches = _batches(config, loaded, content=content)
+    batches = list(_batches(config, loaded, content=content))
+    how = {"device": device, "autocast": build_autocast(config, device)}
     start = time.perf_counter()
-    result = evaluate_bpb(
-        loaded.model, batches, device=device, autocast=build_autocast(config, device)
-    )
+    result = evaluate_bpb(loaded.model, batches, **how)
     seconds = time.perf_counter() - start
     report = {
         "checkpoint_step": loaded.step,
@@ -42,8 +46,29 @@ def run(config: SigmaConfig) -> int:
         **asdict(result),
         "tokens_per_s": result.num_tokens / max(seconds, 1e-9),
     }
+    if config.ttt.enabled:
+        report |= _learned(config, loaded, batches, **how)
     print(json.dumps(report) if config.run.json else _sentences(report))
     return 0
+
+
+def _learned(
+    config: SigmaConfig, loaded: TrainedModel, batches: list[Batch], **how: Any
+) -> dict[str, Any]:
+    """What the text costs a model that learns from every chunk once it is scored."""
+    own = config.ttt
+    settings = TTTSettings(
+        chunk_tokens=own.chunk_tokens,
+        epochs=own.epochs,
+        lr=own.lr,
+        momentum=own.momentum,
+        grad_clip=own.grad_clip,
+        scope=own.scope,
+    )
+    apply_instant(loaded.model)
+    result = asdict(evaluate_with_ttt(loaded.model, batches, settings=settings, **how))
+    score = result.pop("score")
+    return {"ttt_bpb": score["bpb"], "ttt_loss": score["loss"], **result}
 
 
 def _run_hidden(config: SigmaConfig) -> int:
@@ -74,7 +99,8 @@ def _batches(
 ) -> Iterator[Batch]:
     """The text in windows of the length the model was trained with."""
     tokenizer, seq_len = loaded.tokenizer, loaded.config.data.seq_len
-    batch_size = max(1, EVAL_BATCH_TOKENS // seq_len)
+    most = min(EVAL_BATCH_TOKENS, config.ttt.chunk_tokens if config.ttt.enabled else 2**62)
+    batch_size = max(1, most // seq_len)
     if content is not None:
         return text_batches(content, tokenizer=tokenizer, seq_len=seq_len, batch_size=batch_size)
     return validation_batches(
@@ -86,9 +112,16 @@ def _batches(
 
 
 def _sentences(report: dict[str, Any]) -> str:
-    return (
+    said = (
         f"{report['bpb']:.4f} bits per byte on {report['text']} "
         f"({report['num_bytes']:,} bytes, {report['num_tokens']:,} tokens)\n"
         f"loss {report['loss']:.4f} nats per token, checkpoint of step "
         f"{report['checkpoint_step']}, {report['tokens_per_s']:,.0f} tokens/s"
     )
+    if "ttt_bpb" in report:
+        said += (
+            f"\n{report['ttt_bpb']:.4f} bits per byte with test-time training: "
+            f"{report['ttt_trained_chunks']} of {report['ttt_chunks']} chunks learned after their "
+            "score"
+        )
+    return said

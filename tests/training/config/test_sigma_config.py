@@ -91,6 +91,8 @@ ADDED = {
     "--verifier-eval-tasks", "--ttrl-task-families", "--verifier-symbolic-engine",
     "--fractal-genome", "--self-evolve-shuffled", "--self-improver-shuffled", "--uroboros-placebo",
     "--causal-replay-shuffled", "--hydra-tasks", "--hydra-placebo", "--cuda-graphs",
+    "--ttt-enabled", "--ttt-chunk-tokens", "--ttt-epochs", "--ttt-lr", "--ttt-momentum",
+    "--ttt-grad-clip", "--ttt-scope",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from model.sigma_llm import SigmaLLM
 from training.build_data import build_tokenizer
 from training.config.cli import parse_args, write_resolved
+from training.config.sigma_config import ConfigError
 from training.data import TokenCorpus, TokenSplit
 from training.modes import evaluate, generate, report
 from training.modes.generate import stream_text
@@ -66,6 +67,32 @@ def bits_by_hand(model, tokens: list[int], *, seq_len: int) -> float:
         nats = F.cross_entropy(logits.double(), window[1:], reduction="sum")
         total += float(nats) / math.log(2)
     return total
+
+
+def test_eval_with_test_time_training_says_both_figures(run_flags, tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text("One line, again and again.\n" * 60, encoding="utf-8")
+    asked = [*run_flags, "--mode", "eval", "--eval-file", str(path)]
+    learning = [
+        "--ttt-enabled",
+        "--ttt-chunk-tokens",
+        "64",
+        "--ttt-lr",
+        "0.1",
+        "--ttt-scope",
+        "all",
+    ]
+    assert evaluate.run(parse_args([*asked, "--json"])) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert evaluate.run(parse_args([*asked, *learning, "--json"])) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["bpb"] == pytest.approx(plain["bpb"], rel=1e-6) and row["ttt_bpb"] < plain["bpb"]
+    assert row["ttt_trained_chunks"] == row["ttt_chunks"] - 1 > 0
+    assert "ttt_bpb" not in plain
+    assert evaluate.run(parse_args([*asked, *learning])) == 0
+    assert "bits per byte with test-time training" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--ttt-enabled.*--hidden"):
+        evaluate.run(parse_args([*run_flags, "--mode", "eval", "--hidden", *learning]))
 
 
 def test_eval_file_equals_the_hand_computation(run_flags, saved_model, tmp_path, capsys):
