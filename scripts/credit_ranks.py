@@ -89,7 +89,8 @@ class Listener:
                 noise = torch.randn(param.shape, generator=self._random)
                 param.mul_(1.0 + NOTHING * noise)
             changes.append(abs(float(evaluate() - full)))
-            torch._foreach_copy_(params, found)
+            for param, value in zip(params, found):
+                param.copy_(value)
         return statistics.median(changes)
 
     def _compare(self, first: Tensor, trial: UpdateTrial, moved: Tensor) -> dict[str, Any]:
