@@ -1,0 +1,54 @@
+"""What a manifest says, number by number: other versions of the program read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.training.runtime.faults import FINGERPRINT, contents, open_store, save_steps
+from training.runtime.atomic_io import FileOps
+from training.runtime.manifest import read_manifest
+
+
+def body_of(directory: Path, step: int) -> dict:
+    path = directory / f"checkpoint_step_{step:08d}" / "MANIFEST.json"
+    return json.loads(path.read_bytes())["body"]
+
+
+def test_the_schema_is_number_one(ram_path: Path) -> None:
+    """Another number means that a program of today cannot read it: it is part of the format."""
+    save_steps(ram_path, 1)
+    assert body_of(ram_path, 1)["schema"] == 1
+
+
+def test_saves_are_numbered_from_one_over_all_lives(ram_path: Path) -> None:
+    """The order of saves is not that of steps: a run that went back saves lower steps later."""
+    save_steps(ram_path, 3, 6)
+    save_steps(ram_path, 5)
+    assert [body_of(ram_path, step)["sequence"] for step in (3, 6, 5)] == [1, 2, 3]
+
+
+def test_a_manifest_that_was_read_is_the_one_that_was_written(ram_path: Path) -> None:
+    save_steps(ram_path, 1)
+    found = read_manifest(FileOps(), ram_path / "checkpoint_step_00000001")
+    assert found.step == 1 and found.fingerprint == FINGERPRINT and found.parent is None
+    sizes = {
+        path.name: path.stat().st_size
+        for path in (ram_path / "checkpoint_step_00000001").iterdir()
+        if path.name != "MANIFEST.json"
+    }
+    assert {name: record.size for name, record in found.files.items()} == sizes
+    assert found.num_bytes == sum(sizes.values())
+
+
+def test_a_checkpoint_that_was_resumed_counts_as_verified(ram_path: Path) -> None:
+    """So the first save after a resume may already delete the oldest: two have been read back."""
+    save_steps(ram_path, 1, 2, keep=2)
+    store = open_store(ram_path, keep=2)
+    resumed = store.load_newest()
+    assert resumed is not None and resumed.step == 2
+    tensors = {name: dict(group) for name, group in resumed.tensors.items()}
+    store.save(3, tensors, dict(resumed.state), block=True)
+    store.close()
+    steps = {name.partition("/")[0][-8:] for name in contents(ram_path)}
+    assert steps == {"00000002", "00000003"}
