@@ -47,7 +47,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training.runtime.restore": STORE_TESTS,
     "training.runtime.atomic_io": (
         CORNERS, f"{RUNTIME}/test_atomic_io.py", f"{RUNTIME}/test_windows_retries.py",
-        *STORE_TESTS[1:],
+        *STORE_TESTS[2:],
     ),
     "training.runtime.locks": (
         CORNERS, f"{RUNTIME}/test_locks_and_signals.py", f"{RUNTIME}/test_run_lock_race.py",
