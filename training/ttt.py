@@ -66,7 +66,7 @@ def evaluate_with_ttt(
 ) -> TTTResult:
     """Score the batches in their order, learning from every chunk once it is scored.
 
-    ValueError as in `evaluate_bpb`, and for a scope without weights.
+    ValueError as in `evaluate_bpb`, for a scope without weights, and when it diverges.
     """
     chunks = cut_chunks(batches, num_tokens=settings.chunk_tokens)
     params = trained_parameters(model, settings.scope)
@@ -122,10 +122,11 @@ class ChunkLearner:
             output = self._model(batch.input_ids, reset_mask=batch.reset_mask, labels=batch.labels)
         torch.autograd.backward(output.loss, inputs=self._params)
         norm = float(nn.utils.clip_grad_norm_(self._params, self._settings.grad_clip))
-        if math.isfinite(norm):
-            self._optimizer.step()
-            self.num_updates += 1
-            self.num_clipped += norm > self._settings.grad_clip
+        if not math.isfinite(norm):
+            raise ValueError("test-time training: a gradient is not finite; lower --ttt-lr")
+        self._optimizer.step()
+        self.num_updates += 1
+        self.num_clipped += norm > self._settings.grad_clip
 
     def distance(self) -> float:
         """Euclidean distance of the weights from where they began."""

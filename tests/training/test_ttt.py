@@ -180,6 +180,14 @@ def test_a_failure_leaves_the_weights_as_well(monkeypatch):
     assert digest(model) == before
 
 
+def test_a_rate_that_diverges_is_refused_and_leaves_the_weights():
+    model = make_model()
+    before = digest(model)
+    with pytest.raises(ValueError, match="lower --ttt-lr"):
+        evaluate_with_ttt(model, text(), settings=replace(FAST, lr=1e38), device=CPU)
+    assert digest(model) == before
+
+
 def test_an_unknown_scope_is_refused():
     with pytest.raises(ValueError, match="--ttt-scope"):
         trained_parameters(make_model(), "some")

@@ -134,10 +134,8 @@ def encode(values: Tensor, *, bits: int, seed: int) -> Codes:
         whole = scaled.add_(uniform(scaled.shape, generator=draws)).to(torch.uint8)
         block = slice(start, start + len(part))
         codes[block] = _join_bits(whole, bits)
-        low[block], step[block] = (
-            floor.squeeze(1),
-            torch.where(least == 0.0, -unit, unit).squeeze(1),
-        )
+        low[block] = floor.squeeze(1)
+        step[block] = torch.where(least == 0.0, -unit, unit).squeeze(1)
     return Codes(codes.view(-1), low, step, seed, bits, size, values.dtype)
 
 

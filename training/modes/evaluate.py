@@ -20,7 +20,6 @@ from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import Batch, text_batches, validation_batches
 from training.evaluation import evaluate_bpb, read_eval_file
 from training.hidden_eval import as_columns, choose_questions, evaluate_hidden, read_manifest
-from training.instant import apply_instant
 from training.runtime.environment import configure_threads, resolve_device
 from training.ttt import TTTSettings, evaluate_with_ttt
 
@@ -65,7 +64,6 @@ def _learned(
         grad_clip=own.grad_clip,
         scope=own.scope,
     )
-    apply_instant(loaded.model)
     result = asdict(evaluate_with_ttt(loaded.model, batches, settings=settings, **how))
     score = result.pop("score")
     return {"ttt_bpb": score["bpb"], "ttt_loss": score["loss"], **result}
