@@ -16,6 +16,7 @@ from training.config.sections import SOAP_MAX_SIDE, OptimConfig
 from training.config.sigma_config import SigmaConfig
 from training.runtime.environment import CACHE_DIRECTORY, EnvironmentProblem
 from training.runtime.frozen import bundle_directory
+from training.runtime.locks import RunLock
 
 MIB = 2**20
 LOG_BYTES = 16 * MIB
@@ -25,7 +26,8 @@ VOCAB_SIZES = {"assets-4k": 4096}
 
 
 def check_directories(config: SigmaConfig) -> None:
-    """EnvironmentProblem when a run directory is not writable or clearly lacks space."""
+    """EnvironmentProblem when a run directory is not writable or clearly lacks space; RuntimeError
+    when another process trains in it."""
     run = config.run
     needs = [
         ("--output-dir", run.output_dir, LOG_BYTES),
@@ -45,6 +47,7 @@ def check_directories(config: SigmaConfig) -> None:
                 f"{flag} {directory} has {free // MIB} MiB free of about {needed // MIB} needed",
                 f"free space or choose another {flag}",
             )
+    RunLock(Path(run.output_dir)).check_free()
 
 
 def perf_directory(config: SigmaConfig) -> Path:

@@ -39,9 +39,27 @@ class RunLock:
         )
         self._ops = FileOps()
 
+    def check_free(self) -> None:
+        """RuntimeError if another process has it; makes nothing and holds nothing.
+
+        For a start that will be refused anyway, before it builds a model beside the one that
+        trains. It decides nothing: whoever acquires the lock has it.
+        """
+        if Path(self._lock.lock_file).exists():
+            self._take()
+            self._lock.release()
+
     def acquire(self) -> None:
         """RuntimeError if the directory is taken or its file system has no locks; OSError else."""
         make_dirs(self._ops, self.directory)
+        self._take()
+        try:
+            replace_file(self._ops, self.owner_path, _describe_self(), durable=False)
+        except OSError:
+            # A full disk must not stop a run that may be about to free it; the lock itself holds.
+            pass
+
+    def _take(self) -> None:
         try:
             self._lock.acquire()
         except filelock.Timeout:
@@ -53,11 +71,6 @@ class RunLock:
             raise RuntimeError(
                 f"{self.directory} is on a file system without locks; choose a local directory"
             ) from None
-        try:
-            replace_file(self._ops, self.owner_path, _describe_self(), durable=False)
-        except OSError:
-            # A full disk must not stop a run that may be about to free it; the lock itself holds.
-            pass
 
     def release(self) -> None:
         try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import train_sigma
+import training.build
 from model.sigma_llm import SigmaLLM
 from training.config.cli import parse_args
 from training.optimizer import build_optimizer
@@ -21,6 +24,7 @@ from training.runtime.directories import (
     write_problem,
 )
 from training.runtime.environment import EnvironmentProblem
+from training.runtime.locks import RunLock
 
 SMALL = (
     "--tokenizer-name assets-4k --d-model 128 --n-layers 6 --n-heads 4 --d-ff 384 --seq-len 64 "
@@ -51,6 +55,25 @@ def test_lack_of_space_names_flag_and_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(directories, "LOG_BYTES", 1)
     with pytest.raises(EnvironmentProblem, match=r"--checkpoint-dir .* MiB free of about"):
         check_directories(config)
+
+
+def test_a_directory_in_use_is_refused_before_anything_is_built(tmp_path, monkeypatch, capsys):
+    """A second model on the card could take the memory of the run that is at work."""
+    monkeypatch.setattr(training.build, "build_trainer", lambda config: pytest.fail("was built"))
+    flags = [*SMALL, "--output-dir", str(tmp_path), "--checkpoint-dir", str(tmp_path)]
+    with RunLock(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        assert train_sigma.main(flags) == 2
+        assert sorted(tmp_path.iterdir()) == before
+    assert f"{tmp_path} is in use by process {os.getpid()}" in capsys.readouterr().err
+    check_directories(parse_args(flags))  # what was asked and is free is not held
+    with RunLock(tmp_path):
+        pass
+
+
+def test_to_ask_for_a_lock_makes_no_directory(tmp_path):
+    RunLock(tmp_path / "new").check_free()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
