@@ -2,8 +2,9 @@
 
 The first Ctrl+C, Ctrl+Break or SIGTERM only sets a flag, so weights, metrics and checkpoint stay in
 step with each other; the second ends the process at once, which the checkpoint protocol survives.
-Files named STOP and SAVE ask for the same where no signal can be sent. A closed console window on
-Windows asks to stop as well (`console.py`).
+Files named STOP and SAVE ask for the same where no signal can be sent. A closed terminal (SIGHUP)
+or console window on Windows (`console.py`) asks to stop as well, however often it is said: a
+terminal tells its processes twice, by the shell and by the system.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ EXIT_CODE = 130
 STOP_NAME = "STOP"
 SAVE_NAME = "SAVE"
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")
+HANGUP = "SIGHUP"
 
 _FIRST = b"\nstopping after this step and saving; once more to exit at once\n"
 _CLOSING = b"\nthe window is closing: saving after this step\n"
@@ -31,7 +33,8 @@ _SECOND = b"\nexiting at once; the last saved checkpoint is intact\n"
 class SignalHandlers:
     """While entered, `receive` handles the signals of these names that this system has.
 
-    In the main thread only: elsewhere Python cannot, and nothing is changed.
+    In the main thread only: elsewhere Python cannot, and nothing is changed. A hangup that is
+    ignored stays so: whoever starts a program by `nohup` wants it to outlive the terminal.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class SignalHandlers:
         if threading.current_thread() is threading.main_thread():
             for name in self._names:
                 number = getattr(signal, name, None)
-                if number is not None:
+                if number is not None and not _is_ignored_hangup(name, number):
                     self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -60,6 +63,10 @@ class SignalHandlers:
         self._previous.clear()
 
 
+def _is_ignored_hangup(name: str, number: int) -> bool:
+    return name == HANGUP and signal.getsignal(number) is signal.SIG_IGN
+
+
 class StopRequest:
     """While entered, turns signals and request files into values the loop reads per step.
 
@@ -72,6 +79,7 @@ class StopRequest:
         self._requested = False
         self._signalled = False
         self._handlers = SignalHandlers(self._receive, names=SIGNAL_NAMES)
+        self._hangup = SignalHandlers(lambda *_: self._receive_close(), names=(HANGUP,))
         self._close = ConsoleClose(self._receive_close)
 
     @property
@@ -87,6 +95,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._handlers.__enter__()
+        self._hangup.__enter__()
         if threading.current_thread() is threading.main_thread():
             # After the signals: Windows asks the newest handler first, and the C library's own
             # would take a closing window for Ctrl+Break and not wait.
@@ -100,6 +109,7 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         self._handlers.__exit__(kind, error, trace)
+        self._hangup.__exit__(kind, error, trace)
         self._close.__exit__(kind, error, trace)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from training.config.sigma_config import SigmaConfig
 from training.runtime.atomic_io import FileOps, read_file
-from training.runtime.signals import SIGNAL_NAMES, STOP_NAME, SignalHandlers
+from training.runtime.signals import HANGUP, SIGNAL_NAMES, STOP_NAME, SignalHandlers
 
 MARK = "SIGMA_SUPERVISED"
 OWN_EXIT_CODES = frozenset({0, 1, 2, 130})
@@ -64,7 +64,7 @@ class HandedOn:
         self.child: subprocess.Popen[bytes] | None = None
         self._stop = output_dir / STOP_NAME
         self._asked = False
-        self._handlers = SignalHandlers(self._receive, names=(*SIGNAL_NAMES, "SIGHUP"))
+        self._handlers = SignalHandlers(self._receive, names=(*SIGNAL_NAMES, HANGUP))
 
     def __enter__(self) -> HandedOn:
         self._handlers.__enter__()

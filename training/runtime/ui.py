@@ -3,7 +3,7 @@
 The panel shows the newest row, the time left and how to stop; whatever must not be missed
 (messages, evaluations) is printed above it and stays in the scrollback. A pipe, a log file or CI
 gets one line per row. A display that can no longer be written (the terminal was closed) falls
-silent: a run of days does not end with its window.
+silent: a run that outlives its window (nohup) does not fail for want of it.
 """
 
 from __future__ import annotations

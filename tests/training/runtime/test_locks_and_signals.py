@@ -78,6 +78,32 @@ def test_the_first_signal_asks_and_the_second_ends_at_once(tmp_path, number):
         child.communicate()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_a_closed_terminal_asks_once_however_often_it_is_said(tmp_path):
+    """The shell and the system both send the hangup; the second must not end an unsaved run."""
+    child = start(LOOP, tmp_path, 0.5)
+    try:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGHUP)
+        assert child.stdout.readline() == "asked\n"
+        child.send_signal(signal.SIGHUP)
+        assert child.wait(timeout=10) == 0
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="plays nohup")
+def test_a_run_started_by_nohup_outlives_its_terminal(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(tmp_path) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_request_files_are_served_once(tmp_path):
     with StopRequest(tmp_path) as stop:
         assert not stop.requested and not stop.take_save_request()
