@@ -30,6 +30,9 @@ with torch.device("meta"):
 MEMORY_DIRECTORY = Path("/dev/shm")
 
 
+torch.set_num_threads(1)  # what a module's fixtures make is made before those of a test
+
+
 @pytest.fixture(autouse=True)
 def one_thread_per_test() -> None:
     """Tiny products gain nothing from threads, and bit-for-bit tests must not depend on them."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from training.config.presets import to_dict
+from training.config.presets import to_dict, without_secrets
 from training.config.sigma_config import SigmaConfig
 from training.hidden_process import COLUMNS, HiddenEvalProcess
 from training.runtime.atomic_io import FileOps, replace_file
@@ -101,7 +101,7 @@ class SourceGuard:
             "schema": SCHEMA,
             "created_utc": _now(),
             "config_hash": config_hash(config),
-            "config": to_dict(config),
+            "config": to_dict(without_secrets(config)),
             "seeds": seeds,
             "versions": versions(),
         }

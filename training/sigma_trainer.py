@@ -228,8 +228,8 @@ class SigmaTrainer:
             self.services.report.refresh(self.output_dir, at_once=block)
 
     def _open(self) -> None:
-        recorder, run = self.services.recorder, self.config.run
-        checkpoint = None if run.no_resume else self.services.store.load_newest()
+        recorder, run, store = self.services.recorder, self.config.run, self.services.store
+        checkpoint = store.start_anew() if run.no_resume else store.load_newest()
         state = None if checkpoint is None else join_run_state(checkpoint)
         offset = None if state is None else state["run"]["recorder"]["metrics_offset"]
         recorder.open(metrics_offset=offset, step=checkpoint.step if checkpoint else 0)
@@ -295,9 +295,10 @@ class SigmaTrainer:
         if self.step and store.last_saved_step != self.step:
             self._save_last()
         if interrupted:
+            anew = " without --no-resume" if self.config.run.no_resume else ""
             display.message(
-                f"stopped at step {store.last_saved_step or 0}, saved; the same command resumes "
-                "exactly there"
+                f"stopped at step {store.last_saved_step or 0}, saved; the same command{anew} "
+                "resumes exactly there"
             )
             return
         self.services.audit.judge(self.features.idle_features())

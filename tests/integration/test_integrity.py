@@ -10,6 +10,7 @@ from training.features import FEATURES
 from training.features.base import Feature, Schedule
 from training.integrity_guards import MANIFEST_NAME, TamperedSource
 
+TOKEN = "hf_PlantedAndSecret"
 SHORT = ("--steps", "12", "--save-interval", "4", "--no-ema-enabled", "--no-curriculum-enabled")
 
 
@@ -17,7 +18,8 @@ SHORT = ("--steps", "12", "--save-interval", "4", "--no-ema-enabled", "--no-curr
 def pair(tmp_path_factory):
     """The same run with a hidden evaluation and without one."""
     root = tmp_path_factory.mktemp("hidden")
-    train(tiny_flags(root / "with", *SHORT, "--integrity-hidden-eval-every", "1"))
+    secret = ("--hf-token", TOKEN)
+    train(tiny_flags(root / "with", *SHORT, *secret, "--integrity-hidden-eval-every", "1"))
     train(tiny_flags(root / "without", *SHORT))
     return root / "with", root / "without"
 
@@ -36,6 +38,12 @@ def test_hidden_figures_reach_the_rows_and_nothing_else(pair):
     for one, two in zip(metrics_rows(measured)[1:], metrics_rows(plain)[1:], strict=True):
         assert one["train_loss"] == two["train_loss"] and one["grad_norm"] == two["grad_norm"]
         assert one.keys() == two.keys()
+
+
+def test_the_token_is_in_no_file_of_a_run(pair):
+    files = [path for path in pair[0].rglob("*") if path.is_file()]
+    assert {"config.json", MANIFEST_NAME, "metrics.jsonl"} <= {path.name for path in files}
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
 
 
 def test_a_user_can_ask_for_it(pair, capsys):

@@ -12,7 +12,6 @@ import functools
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +24,7 @@ from training.config.args_file import (
     split_argument,
 )
 from training.config.fields import ConfigError, Flag, iter_flags, section_titles
-from training.config.presets import from_json, load_json, read_settings, to_json
+from training.config.presets import from_json, load_json, read_settings, to_json, without_secrets
 from training.config.sigma_config import SigmaConfig
 from training.config.spelling import LONG_DASHES, closest
 
@@ -83,7 +82,7 @@ def to_args(config: SigmaConfig) -> str:
 
 def write_resolved(config: SigmaConfig, directory: Path) -> None:
     """Write `config.json` and `resolved_args.txt`, each replaced as a whole, without the token."""
-    config = replace(config, stream=replace(config.stream, hf_token=""))
+    config = without_secrets(config)
     directory.mkdir(parents=True, exist_ok=True)
     _replace_file(directory / "config.json", to_json(config))
     _replace_file(directory / "resolved_args.txt", to_args(config))

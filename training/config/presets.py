@@ -7,6 +7,7 @@ does not name keeps its value. Written files hold everything.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from training.config.args_file import read_text
 from training.config.fields import ConfigError, Flag, iter_flags
 from training.config.sigma_config import SigmaConfig
 from training.config.spelling import closest
+
+
+def without_secrets(config: SigmaConfig) -> SigmaConfig:
+    """The configuration as it may be written to a file: without the hub's token."""
+    return replace(config, stream=replace(config.stream, hf_token=""))
 
 
 def to_dict(config: SigmaConfig) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from training.arch_nursery import TRAINING_FACTOR, ModelNursery, NurserySettings
 from training.build import build_autocast
 from training.build_data import build_corpus, build_tokenizer
 from training.config.cli import to_args, write_resolved
+from training.config.presets import without_secrets
 from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, TokenStream
 from training.optimizer import state_settings
@@ -247,9 +248,8 @@ def training_args(config: SigmaConfig, genome: str) -> str:
     home = Path(config.run.output_dir) / FOLDER / "best" / "run"
     return to_args(
         replace(
-            config,
+            without_secrets(config),
             run=replace(config.run, output_dir=str(home), checkpoint_dir=str(home / "checkpoints")),
-            stream=replace(config.stream, hf_token=""),
             fractal=replace(config.fractal, arch_search=False, genome=genome),
         )
     )

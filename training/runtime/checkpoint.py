@@ -108,6 +108,7 @@ class CheckpointStore:
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self._pending: concurrent.futures.Future[None] | None = None
         self._verified: set[str] = set()
+        self._left_behind: set[str] = set()
         self._last_bytes = 0
 
     def save(
@@ -137,6 +138,11 @@ class CheckpointStore:
         if block:
             self.wait()
 
+    def start_anew(self) -> None:
+        """Never load what is there now: to go back must not lead into the run before this one."""
+        self._open()
+        self._left_behind = set(self._ops.list_dir(self.directory))
+
     def load_newest(self, *, before_step: int | None = None) -> Checkpoint | None:
         """The newest valid checkpoint (of a step below `before_step`), None if there is none.
 
@@ -146,7 +152,8 @@ class CheckpointStore:
         self.wait()
         self._open()
         for candidate in find_candidates(self._ops, self.directory):
-            if before_step is not None and candidate.step >= before_step:
+            is_late = before_step is not None and candidate.step >= before_step
+            if is_late or candidate.path.name in self._left_behind:
                 continue
             found = inspect_checkpoint(self._ops, candidate.path, fingerprint=self._fingerprint)
             if found.verdict is Verdict.CORRUPT:
@@ -257,6 +264,7 @@ class CheckpointStore:
                 self._ops.make_dir(directory)
             except FileExistsError:
                 continue
+            self._left_behind.discard(directory.name)
             return directory
         raise FileExistsError(f"{MAX_REVISIONS} directories of step {step} exist already")
 

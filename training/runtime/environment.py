@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.config.presets import to_dict
+from training.config.presets import to_dict, without_secrets
 from training.config.sigma_config import SigmaConfig
 
 if TYPE_CHECKING:
@@ -299,8 +299,8 @@ def memory_readings(device: torch.device) -> dict[str, float | None]:
 
 
 def config_hash(config: SigmaConfig) -> str:
-    """sha256 over every setting, in a form that does not depend on declaration order."""
-    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    """sha256 over every setting but the token, whatever the order of declaration."""
+    text = json.dumps(to_dict(without_secrets(config)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
