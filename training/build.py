@@ -237,11 +237,13 @@ def build_trainer(
         check_steps(feature_set.first_steps(), steps=config.run.steps)
     tokenizer = build_tokenizer(config)
     corpus, probe = build_probe(config, build_corpus(config, tokenizer), device)
+    store = build_store(config, tokenizer, corpus)
+    if not config.run.no_resume:
+        store.check_settings()
     model = build_model(config, tokenizer, device)
     display = RunDisplay()
     recorder = build_recorder(config, display, device)
     guards = build_guards(config, device=device, message=recorder.display.message)
-    store = build_store(config, tokenizer, corpus)
     plan = MicroBatchPlan(
         batch_size=config.data.batch_size, accumulation=config.data.grad_accum_steps
     )

@@ -42,6 +42,8 @@ from training.runtime.restore import (
     IncompatibleCheckpoint,
     UnreadableCheckpoint,
     build_checkpoint,
+    cannot_resume,
+    check_settings,
     find_candidates,
     newest_for_inference,
 )
@@ -159,10 +161,7 @@ class CheckpointStore:
             if found.verdict is Verdict.CORRUPT:
                 self._quarantine(candidate.path, found.reason, found.detail)
             elif found.verdict is Verdict.INCOMPATIBLE:
-                raise IncompatibleCheckpoint(
-                    f"{candidate.path} cannot be resumed: {found.detail}. Use the old settings, "
-                    "another --checkpoint-dir, or --no-resume"
-                )
+                raise cannot_resume(candidate.path, found.detail)
             elif found.verdict is Verdict.UNREADABLE:
                 raise UnreadableCheckpoint(
                     f"{candidate.path} cannot be read: {found.detail}. Nothing was moved; free "
@@ -175,6 +174,10 @@ class CheckpointStore:
                 self.last_saved_step = checkpoint.step
                 return checkpoint
         return None
+
+    def check_settings(self) -> None:
+        """IncompatibleCheckpoint if `load_newest` would raise it for the settings of the newest."""
+        check_settings(self._ops, self.directory, self._fingerprint)
 
     def wait(self) -> None:
         """Return once no save is under way; CheckpointError if the last one failed."""

@@ -22,6 +22,7 @@ from training.runtime.manifest import (
     ForeignManifest,
     Manifest,
     Verdict,
+    describe_difference,
     inspect_checkpoint,
     parse_directory_name,
     read_manifest,
@@ -110,6 +111,27 @@ def find_candidates(ops: FileOps, directory: Path) -> list[Candidate]:
     unusable.sort(key=lambda c: (c.step, c.path.name), reverse=True)
     usable.sort(key=lambda c: (c.sequence, c.step, c.path.name), reverse=True)
     return unusable + usable
+
+
+def check_settings(ops: FileOps, directory: Path, fingerprint: dict[str, str]) -> None:
+    """IncompatibleCheckpoint when the newest checkpoint in `directory` is of other settings.
+
+    From its manifest alone, so that a start that will be refused anyway is refused before anything
+    is built or written. It decides nothing else: `load_newest` does, from every hash.
+    """
+    for candidate in find_candidates(ops, directory) if directory.is_dir() else []:
+        if candidate.fingerprint is not None:
+            if candidate.fingerprint != fingerprint:
+                difference = describe_difference(candidate.fingerprint, fingerprint)
+                raise cannot_resume(candidate.path, difference)
+            return
+
+
+def cannot_resume(path: Path, detail: str) -> IncompatibleCheckpoint:
+    return IncompatibleCheckpoint(
+        f"{path} cannot be resumed: {detail}. Use the old settings, another --checkpoint-dir, or "
+        "--no-resume"
+    )
 
 
 def build_checkpoint(

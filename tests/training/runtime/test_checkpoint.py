@@ -21,6 +21,7 @@ from tests.training.runtime.faults import (
     HookedOps,
     QuietOps,
     assert_is_example,
+    contents,
     example,
     open_store,
     save_steps,
@@ -234,6 +235,22 @@ def test_other_settings_are_named_and_nothing_is_touched(ram_path: Path) -> None
         store.save(step, *example(step), block=True)
     store.close()
     assert names(ram_path) == [*before, "checkpoint_step_00000005", "checkpoint_step_00000006"]
+
+
+def test_other_settings_are_noticed_from_the_manifest_without_a_lock(ram_path: Path) -> None:
+    """Asked before anything is built: no hash, nothing moved, and what is damaged passed over."""
+    other = {"--d-model": "128", "--seed": "7"}
+    new = CheckpointStore(ram_path / "new", max_checkpoints=2, fingerprint=other, ops=QuietOps())
+    new.check_settings()
+    assert names(ram_path) == []
+    save_steps(ram_path, 1, 2)
+    (ram_path / "checkpoint_step_00000002" / "MANIFEST.json").write_bytes(b"{")
+    before = contents(ram_path)
+    open_store(ram_path).check_settings()
+    store = CheckpointStore(ram_path, max_checkpoints=2, fingerprint=other, ops=QuietOps())
+    with pytest.raises(IncompatibleCheckpoint, match=r"00000001 .*--d-model was 64, is now 128"):
+        store.check_settings()
+    assert contents(ram_path) == before
 
 
 def test_a_newer_schema_is_incompatible_and_not_damaged(ram_path: Path) -> None:
