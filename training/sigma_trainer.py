@@ -26,6 +26,7 @@ from training.runtime.checkpoint import Checkpoint
 from training.runtime.crash_report import write_crash_report
 from training.runtime.locks import RunLock
 from training.runtime.memory_guard import MemoryLimitReached, Relief, clear_caches
+from training.runtime.reported_run import Closable, ReportedRun
 from training.runtime.rng_state import capture_rng_state, restore_rng_state
 from training.runtime.run_state import join_run_state
 from training.runtime.signals import StopRequest
@@ -71,24 +72,19 @@ class SigmaTrainer:
             RunLock(self.output_dir),
             StopRequest(self.output_dir) as stop,
             self.services.watchdog as watchdog,
+            ReportedRun(self._parts(), report=self._report_crash),
         ):
-            try:
-                self._open()
-                while self.step < run.steps and not stop.requested:
-                    trials = self.services.trials
-                    if trials and not trials.between_steps(self, lambda: stop.requested):
-                        continue
-                    ctx = self.attempt_step()
-                    if ctx is not None:
-                        self._after_step(ctx, save_now=stop.take_save_request())
-                        self._relieve_memory()
-                    watchdog.beat(self.step)
-                self._finish(interrupted=self.step < run.steps)
-            except Exception as error:
-                self._report_crash(error)
-                raise
-            finally:
-                self._close()
+            self._open()
+            while self.step < run.steps and not stop.requested:
+                trials = self.services.trials
+                if trials and not trials.between_steps(self, lambda: stop.requested):
+                    continue
+                ctx = self.attempt_step()
+                if ctx is not None:
+                    self._after_step(ctx, save_now=stop.take_save_request())
+                    self._relieve_memory()
+                watchdog.beat(self.step)
+            self._finish(interrupted=self.step < run.steps)
 
     def attempt_step(self) -> StepContext | None:
         """`train_step`, or None after a step without memory: it is replayed with less at once."""
@@ -371,30 +367,22 @@ class SigmaTrainer:
         audited = state["run"].get("audit", {})
         self.services.audit.load_state_dict(audited, step=self.step, model=self.model)
 
-    def _report_crash(self, error: Exception) -> None:
-        recorder = self.services.recorder
-        path = None
-        if self.config.run.crash_report_enabled:
-            path = write_crash_report(
-                self.output_dir,
-                step=self.step,
-                error=error,
-                last_metrics=recorder.last_row,
-                feature_state=self.features.metrics(),
-                config_hash=self.services.config_hash,
-            )
-        # Also when it is None: the entry tells a failed run from a refused one by this mark.
-        error.crash_report = path  # type: ignore[attr-defined]
+    def _report_crash(self, error: Exception) -> Path | None:
+        if not self.config.run.crash_report_enabled:
+            return None
+        return write_crash_report(
+            self.output_dir,
+            step=self.step,
+            error=error,
+            last_metrics=self.services.recorder.last_row,
+            feature_state=self.features.metrics(),
+            config_hash=self.services.config_hash,
+        )
 
-    def _close(self) -> None:
-        self.features.close()
-        try:
-            self.clock.close()
-            self.services.audit.close()
-            self.stream.close()
-            self.services.saves.close()
-        finally:
-            self.services.recorder.close()
+    def _parts(self) -> tuple[Closable, ...]:
+        """What is closed at the end of a run, in this order."""
+        own = self.services
+        return self.features, self.clock, own.audit, self.stream, own.saves, own.recorder
 
     def _is_log_step(self, step: int) -> bool:
         return step == self.config.run.steps or is_due(step, self.config.run.log_interval)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -221,9 +222,11 @@ class FeatureSet:
             entry.rng.set_state(saved["rng"])
 
     def close(self) -> None:
-        for entry in self._entries:
-            if entry.feature is not None:
-                entry.feature.close()
+        """Close every feature; what one of them raises comes after the others are closed."""
+        with ExitStack() as closing:
+            for entry in reversed(self._entries):
+                if entry.feature is not None:
+                    closing.callback(entry.feature.close)
 
     def _entry(self, name: str) -> _Entry:
         for entry in self._entries:

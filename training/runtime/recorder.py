@@ -156,9 +156,11 @@ class RunRecorder:
         self._wall_before = wall
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-        self.display.close()
+        try:
+            if self._log is not None:
+                self._log.close()
+        finally:
+            self.display.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         assert self._log is not None
