@@ -65,7 +65,9 @@ def dispatch(config: SigmaConfig) -> int:
         case "train" if config.fractal.arch_search:
             from training.modes import arch_search
 
-            return arch_search.run(config)
+            with ReportedFailure() as failure:
+                return arch_search.run(config)
+            return failure.exit_code
         case "train":
             return train(config)
         case "plan":

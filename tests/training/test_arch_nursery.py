@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_sigma
 from evolution.genome import Genome, Letter, Mutation
 from model.sigma_llm import SigmaLLM
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
@@ -18,6 +19,8 @@ from training.config.sections import OptimConfig
 from training.data import TokenStream, tokenize_corpus
 from training.modes import arch_search
 from training.probe import Probe, hold_out, probe_batches
+from training.runtime.checkpoint import CheckpointError
+from training.runtime.locks import RunLock
 from training.runtime.state_tree import join_state, split_state
 
 CPU = torch.device("cpu")
@@ -173,6 +176,33 @@ def test_the_command_searches_and_goes_on_where_it_was_stopped(tmp_path, monkeyp
         ).read_bytes()
     )
     trains_the_same_network(best)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), CheckpointError("full")])
+def test_a_search_that_fails_ends_like_a_training_run(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(arch_search, "build_corpus", lambda config, tokenizer: CORPUS)
+    monkeypatch.setattr(arch_search, "build_tokenizer", lambda config: TOKENIZER)
+    out, advance = tmp_path / "out", arch_search.advance
+    flags = [*TINY, f"--output-dir={out}", f"--checkpoint-dir={tmp_path / 'kept'}"]
+
+    def failing(search, *args, **kwargs):
+        if search.trials == 2:
+            arch_search.save(args[1], search, args[0])
+            raise error
+        advance(search, *args, **kwargs)
+        with pytest.raises(RuntimeError, match="in use by"):
+            RunLock(out).check_free()
+
+    monkeypatch.setattr(arch_search, "advance", failing)
+    for _ in range(2):  # the second one goes on where the first has failed: nothing is locked
+        assert train_sigma.main(flags) == 1
+    reports = sorted((out / "errors").glob("crash_step_00000002_*.json"))
+    assert len(reports) == 2 and str(reports[1]) in capsys.readouterr().err
+    assert str(error) in json.loads(reports[0].read_text())["error"]["message"]
+    assert train_sigma.main([*flags, "--lr=0.03"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--lr was 0.02, is now 0.03" in said
+    assert len(list((out / "errors").iterdir())) == 2
 
 
 def trains_the_same_network(best):

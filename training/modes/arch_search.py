@@ -29,9 +29,17 @@ from training.optimizer import state_settings
 from training.probe import Probe, hold_out, probe_batches
 from training.runtime.atomic_io import FileOps, make_dirs, replace_file
 from training.runtime.checkpoint import CheckpointStore
+from training.runtime.crash_report import write_crash_report
 from training.runtime.directories import check_directories
-from training.runtime.environment import configure_threads, resolve_device, seed_everything
+from training.runtime.environment import (
+    config_hash,
+    configure_threads,
+    resolve_device,
+    seed_everything,
+)
 from training.runtime.keep_awake import KeepAwake
+from training.runtime.locks import RunLock
+from training.runtime.reported_run import ReportedRun
 from training.runtime.signals import StopRequest
 from training.runtime.state_tree import join_state, split_state
 from training.runtime.tensor_file import copy_to_host, encode_tensors
@@ -50,23 +58,40 @@ def run(config: SigmaConfig) -> int:
     nursery = open_nursery(config, device)
     search = FractalSearch(search_settings(config, nursery), nursery.base, nursery)
     store = open_store(config, nursery)
-    try:
+    if not config.run.no_resume:
+        store.check_settings()
+    with (
+        RunLock(output_dir),
+        StopRequest(output_dir) as stop,
+        KeepAwake(),
+        ReportedRun((nursery, store), report=lambda error: report_crash(config, search, error)),
+    ):
         if not config.run.no_resume:
             restore(store, search, nursery)
         write_resolved(config, output_dir)
-        with StopRequest(output_dir) as stop, KeepAwake():
-            while not search.finished and not stop.requested:
-                advance(search, nursery, store, output_dir=output_dir)
+        while not search.finished and not stop.requested:
+            advance(search, nursery, store, output_dir=output_dir)
         if search.finished:
             finish(search, nursery, config)
             print(_sentences(search, output_dir))
         else:
             save(store, search, nursery)
             print(f"stopped after {search.trials} trials; the same command goes on")
-    finally:
-        nursery.close()
-        store.close()
     return 0
+
+
+def report_crash(config: SigmaConfig, search: FractalSearch, error: Exception) -> Path | None:
+    """The crash report of a search; its step is the number of trials."""
+    if not config.run.crash_report_enabled:
+        return None
+    return write_crash_report(
+        Path(config.run.output_dir),
+        step=search.trials,
+        error=error,
+        last_metrics=(metrics_rows(search) or [{}])[-1],
+        feature_state={},
+        config_hash=config_hash(config),
+    )
 
 
 def open_nursery(config: SigmaConfig, device: torch.device) -> ModelNursery:
