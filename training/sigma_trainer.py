@@ -7,6 +7,7 @@ in `training/build.py`.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class SigmaTrainer:
         with (
             closed_on_error(self.stream),  # of a run whose directory is another's, say
             RunLock(self.output_dir),
+            closing(self.services.store.open()),  # not at the first save, after hours
             StopRequest(self.output_dir) as stop,
             self.services.watchdog as watchdog,
             ReportedRun(self._parts(), report=self._report_crash),

@@ -10,6 +10,7 @@ import pytest
 import train_sigma
 from tests.training.small_run import small_flags
 from training.features.ema import EmaFeature
+from training.runtime.locks import CHECKPOINT_LOCK_NAME, RunLock
 from training.runtime.metrics import MetricsLog
 
 ONE_STEP = ("--steps", "1", "--ema-enabled")
@@ -48,6 +49,24 @@ def test_other_settings_than_the_checkpoints_are_named(trained, tmp_path, capsys
     assert "another --checkpoint-dir, or --no-resume" in said
     assert listing(tmp_path) == before
     assert train_sigma.main([*trained, *more, "--no-resume"]) == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--no-resume",), ("--fractal-arch-search", "--ema-enabled")])
+def test_a_checkpoint_directory_of_another_run_is_refused(tmp_path, monkeypatch, capsys, more):
+    """Before anything is built, and, should both begin at once, before anything is trained."""
+    ours, theirs = tmp_path / "ours", tmp_path / "checkpoints"
+    flags = [*small_flags(ours, "--optimizer", "muon", *more), "--checkpoint-dir", str(theirs)]
+    held = theirs / ("fractal_search" if "--fractal-arch-search" in more else "")
+    with RunLock(held, name=CHECKPOINT_LOCK_NAME):
+        for late in (False, True):
+            if late:
+                monkeypatch.setattr(RunLock, "check_free", lambda self: None)
+            assert train_sigma.main(flags) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and f"{held} is in use by process {os.getpid()}" in said
+            assert said.endswith("stop that run first or choose another --checkpoint-dir\n")
+            assert ours.exists() == late and not (ours / "metrics.jsonl").exists()
+    assert not (ours / "errors").exists()
 
 
 def failing(error):

@@ -9,6 +9,7 @@ Everything is saved after every rung, so a stopped search goes on where it was. 
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ GROUP = "networks"
 
 def run(config: SigmaConfig) -> int:
     """Search, or go on with a search, until the budget is spent or someone asks to stop."""
-    check_directories(config)
+    check_directories(config, folder=FOLDER)
     device = resolve_device(config)
     configure_threads()
     seed_everything(config.run.seed)
@@ -62,6 +63,7 @@ def run(config: SigmaConfig) -> int:
         store.check_settings()
     with (
         RunLock(output_dir),
+        closing(store.open()),
         StopRequest(output_dir) as stop,
         KeepAwake(),
         ReportedRun((nursery, store), report=lambda error: report_crash(config, search, error)),

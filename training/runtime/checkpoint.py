@@ -17,12 +17,12 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from training.runtime.atomic_io import DISK_FULL, FileOps, make_dirs, remove_tree, write_file
-from training.runtime.locks import RunLock
+from training.runtime.locks import CHECKPOINT_LOCK_NAME, RunLock
 from training.runtime.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -58,7 +58,6 @@ __all__ = [
     "UnreadableCheckpoint",
 ]
 
-LOCK_NAME = "checkpoints.lock"
 QUARANTINE_NAME = "quarantine"
 MIN_VERIFIED = 2
 SPACE_FACTOR = 2
@@ -128,7 +127,7 @@ class CheckpointStore:
         been started and may be tried again; with `block` also the failure of this one.
         """
         self.wait()
-        self._open()
+        self.open()
         snapshot = Snapshot(
             step=step,
             groups={name: _copy_group(name, group) for name, group in tensors.items()},
@@ -152,7 +151,7 @@ class CheckpointStore:
         UnreadableCheckpoint leave every file where it is.
         """
         self.wait()
-        self._open()
+        self.open()
         for candidate in find_candidates(self._ops, self.directory):
             is_late = before_step is not None and candidate.step >= before_step
             if is_late or candidate.path.name in self._left_behind:
@@ -209,10 +208,14 @@ class CheckpointStore:
                 self._lock.release()
                 self._lock = None
 
-    def _open(self) -> None:
-        if self._lock is not None:
-            return
-        lock = RunLock(self.directory, name=LOCK_NAME)
+    def open(self) -> Self:
+        """Take the directory until `close`; RuntimeError if another process has it."""
+        if self._lock is None:
+            self._take_directory()
+        return self
+
+    def _take_directory(self) -> None:
+        lock = RunLock(self.directory, name=CHECKPOINT_LOCK_NAME)
         try:
             make_dirs(self._ops, self.directory)
             lock.acquire()

@@ -16,7 +16,7 @@ from training.config.sections import SOAP_MAX_SIDE, OptimConfig
 from training.config.sigma_config import SigmaConfig
 from training.runtime.environment import CACHE_DIRECTORY, EnvironmentProblem
 from training.runtime.frozen import bundle_directory
-from training.runtime.locks import RunLock
+from training.runtime.locks import CHECKPOINT_LOCK_NAME, RunLock
 
 MIB = 2**20
 LOG_BYTES = 16 * MIB
@@ -25,9 +25,12 @@ CHECKPOINTS_AT_ONCE = 2
 VOCAB_SIZES = {"assets-4k": 4096}
 
 
-def check_directories(config: SigmaConfig) -> None:
+def check_directories(config: SigmaConfig, *, folder: str = "") -> None:
     """EnvironmentProblem when a run directory is not writable or clearly lacks space; RuntimeError
-    when another process trains in it."""
+    when another process trains in it.
+
+    folder: within the checkpoint directory, for what keeps its own checkpoints apart there.
+    """
     run = config.run
     needs = [
         ("--output-dir", run.output_dir, LOG_BYTES),
@@ -48,6 +51,7 @@ def check_directories(config: SigmaConfig) -> None:
                 f"free space or choose another {flag}",
             )
     RunLock(Path(run.output_dir)).check_free()
+    RunLock(Path(run.checkpoint_dir) / folder, name=CHECKPOINT_LOCK_NAME).check_free()
 
 
 def perf_directory(config: SigmaConfig) -> Path:

@@ -21,6 +21,7 @@ from training.runtime.atomic_io import FileOps, make_dirs, read_file, replace_fi
 from training.runtime.redact import Redactor
 
 RUN_LOCK_NAME = "run.lock"
+CHECKPOINT_LOCK_NAME = "checkpoints.lock"
 OWNER_LIMIT_BYTES = 2**16
 
 
@@ -32,6 +33,9 @@ class RunLock:
 
     def __init__(self, directory: Path, *, name: str = RUN_LOCK_NAME) -> None:
         self.directory = directory
+        # Runs with output directories of their own may share one of checkpoints by mistake.
+        shared = name == CHECKPOINT_LOCK_NAME
+        self._flags = "--checkpoint-dir" if shared else "--output-dir and --checkpoint-dir"
         self.owner_path = directory / f"{name}.json"
         # No fall back to a lock that is a mere file: it would outlive a killed holder.
         self._lock = filelock.FileLock(
@@ -65,7 +69,7 @@ class RunLock:
         except filelock.Timeout:
             raise RuntimeError(
                 f"{self.directory} is in use by {self._describe_owner()}; stop that run first or "
-                "choose another --output-dir and --checkpoint-dir"
+                f"choose another {self._flags}"
             ) from None
         except NotImplementedError:
             raise RuntimeError(

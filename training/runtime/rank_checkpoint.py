@@ -12,7 +12,7 @@ import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,7 @@ class RankCheckpointStore(CheckpointStore):
     def load_newest(self, *, before_step: int | None = None) -> Checkpoint | None:
         """The newest checkpoint that every rank has verified, this rank's part of it."""
         self.wait()
-        self._open()
+        self.open()
         damaged: list[tuple[Path, str, str]] = []
         look = functools.partial(self._look, before_step=before_step, damaged=damaged)
         newest = None
@@ -126,12 +126,12 @@ class RankCheckpointStore(CheckpointStore):
         super().close()
         self._is_open = False
 
-    def _open(self) -> None:
+    def open(self) -> Self:
         """Rank 0 holds the lock for all of them."""
         if not self._is_open:
-            opened = super()._open if self._ranks.rank == 0 else lambda: None
-            self._together(opened)
+            self._together(self._take_directory if self._ranks.rank == 0 else lambda: None)
             self._is_open = True
+        return self
 
     def _write(self, snapshot: Snapshot) -> None:
         leads, step = self._ranks.rank == 0, snapshot.step

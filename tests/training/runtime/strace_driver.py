@@ -51,7 +51,7 @@ def save_third(directory: Path, *, broken: str = "") -> None:
 
 def resume_damaged(directory: Path) -> None:
     store = store_of(directory)
-    store._open()
+    store.open()
     os.kill(os.getpid(), signal.SIGSTOP)
     store.load_newest()
     store.close()

@@ -318,7 +318,7 @@ def test_reading_for_inference_needs_no_lock_and_changes_nothing(
     file = ram_path / "checkpoint_step_00000002" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     store = open_store(ram_path)
-    store._open()
+    store.open()
     with caplog.at_level(logging.WARNING):
         found = CheckpointStore.newest_for_inference(ram_path, groups=frozenset({"model"}))
     store.close()
