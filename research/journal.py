@@ -48,14 +48,20 @@ class Outcome:
 class Journal:
     """Writes `directory`; nothing is created before the first registration.
 
-    now: time of an event in UTC, for file names and readers; decides nothing.
+    now: time of an event in UTC, for file names and readers; decides nothing. replace: renames a
+    file over another, and may wait for one that is held open.
     """
 
     def __init__(
-        self, directory: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self,
+        directory: Path,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        replace: Callable[[Path, Path], None] = os.replace,
     ) -> None:
         self.directory = directory
         self._now = now
+        self._replace = replace
         self._events: list[dict[str, Any]] | None = None
 
     @property
@@ -68,13 +74,13 @@ class Journal:
         known = list(_read_events(self.directory))
         kept, later = known[:position], known[position:]
         if later:
-            _write(_free_name(self.directory, EVENTS_NAME), _lines(later))
+            self._write(_free_name(self.directory, EVENTS_NAME), _lines(later))
             for event in later:
                 if event["event"] == "registered":
                     path = self.directory / event["file"]
                     if path.is_file():
-                        os.replace(path, _free_name(self.directory, event["file"]))
-            _write(self.directory / EVENTS_NAME, _lines(kept))
+                        self._replace(path, _free_name(self.directory, event["file"]))
+            self._write(self.directory / EVENTS_NAME, _lines(kept))
         self._events = kept
         begun = {event["cycle"] for event in kept if event["event"] == "registered"}
         for cycle in sorted(begun & {event["cycle"] for event in later}):
@@ -121,7 +127,16 @@ class Journal:
     def _write_page(self, cycle: int) -> None:
         own = [event for event in self._events or () if event["cycle"] == cycle]
         page = render_page(own[0], own[1] if len(own) > 1 else None)
-        _write(self.directory / own[0]["file"], page.encode())
+        self._write(self.directory / own[0]["file"], page.encode())
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Replace a file so that a reader sees the old or the new contents."""
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._replace(temporary, path)
 
 
 def render_page(registered: dict[str, Any], completed: dict[str, Any] | None) -> str:
@@ -198,13 +213,3 @@ def _free_name(directory: Path, name: str) -> Path:
     while (found := directory / f"{path.stem}.orphan-{number}{path.suffix}").exists():
         number += 1
     return found
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader sees the old or the new contents."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

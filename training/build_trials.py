@@ -11,6 +11,7 @@ from training.config.sigma_config import SigmaConfig
 from training.overlay_trials import OverlayTrials, TrialSettings
 from training.probe import Probe
 from training.run_policy import REPLAY_BIAS, TTRL_BUDGET, TTRL_INTERVAL
+from training.runtime.atomic_io import FileOps
 from training.trial_journal import TrialJournal
 
 
@@ -42,7 +43,8 @@ def build_trials(
     )
     journal = None
     if promotion.forward_research_loop_enabled:
-        journal = TrialJournal(Journal(output_dir / "research"))
+        pages = Journal(output_dir / "research", replace=FileOps().replace)
+        journal = TrialJournal(pages)
     return OverlayTrials(
         Uroboros(search), trials, probe=probe, output_dir=output_dir, journal=journal, say=say
     )

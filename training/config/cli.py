@@ -27,6 +27,7 @@ from training.config.fields import ConfigError, Flag, iter_flags, section_titles
 from training.config.presets import from_json, load_json, read_settings, to_json, without_secrets
 from training.config.sigma_config import SigmaConfig
 from training.config.spelling import LONG_DASHES, closest
+from training.runtime.atomic_io import FileOps, replace_file
 
 __all__ = [
     "build_parser",
@@ -84,8 +85,8 @@ def write_resolved(config: SigmaConfig, directory: Path) -> None:
     """Write `config.json` and `resolved_args.txt`, each replaced as a whole, without the token."""
     config = without_secrets(config)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace_file(directory / "config.json", to_json(config))
-    _replace_file(directory / "resolved_args.txt", to_args(config))
+    for name, text in (("config.json", to_json(config)), ("resolved_args.txt", to_args(config))):
+        replace_file(FileOps(), directory / name, text.encode("utf-8"))
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -242,12 +243,3 @@ def _converter(flag: Flag) -> Any:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return convert
-
-
-def _replace_file(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

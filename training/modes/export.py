@@ -13,6 +13,7 @@ from pathlib import Path
 
 from training.build_inference import TrainedModel, load_for_inference
 from training.config.sigma_config import ConfigError, SigmaConfig
+from training.runtime.atomic_io import FileOps
 
 README = """SigmaLLM: {num_parameters:,} parameters, {step:,} steps, context {seq_len} tokens.
 
@@ -58,7 +59,7 @@ def run(config: SigmaConfig) -> int:
             name=target.name,
         )
         (unfinished / "README.md").write_text(notes, encoding="utf-8")
-        unfinished.replace(target)
+        FileOps().move_dir(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(json.dumps({"export": str(target)}) if config.run.json else target)

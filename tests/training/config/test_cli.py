@@ -229,7 +229,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.config.cli.os.fsync", full_disk)
+    monkeypatch.setattr("training.runtime.atomic_io.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_resolved(parse_args(["--steps", "2"]), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before

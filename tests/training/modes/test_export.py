@@ -1,6 +1,7 @@
 """What is exported is the checkpoint, to the bit, for a program that knows transformers only."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from tests.training.modes.test_evaluate_generate_report import SHAPE, STEP, TEXT
 from training.build_data import build_tokenizer
 from training.config.cli import parse_args, write_resolved
 from training.modes import export
+from training.runtime.atomic_io import FileOps
 from training.runtime.checkpoint import CheckpointStore
 
 transformers = pytest.importorskip("transformers")
@@ -67,6 +69,29 @@ def test_a_failure_leaves_no_half_export(saved, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export.run(parse_args(flags))
     assert list((tmp_path / "export").iterdir()) == []
+
+
+def test_a_scanner_that_reads_the_result_costs_a_moment(saved, tmp_path, monkeypatch):
+    """Windows renames no directory while somebody reads a file in it."""
+    flags, _, _ = saved
+    pauses: list[float] = []
+
+    class InUse(PermissionError):
+        winerror = 5
+
+    def held_at_first(move):
+        def call(source, target):
+            if str(source).endswith(".partial") and not pauses:
+                raise InUse(13, "in use by another process")
+            move(source, target)
+
+        return call
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, held_at_first(getattr(os, name)))
+    monkeypatch.setattr(FileOps, "sleep", staticmethod(pauses.append))
+    assert export.run(parse_args(flags)) == 0 and len(pauses) == 1
+    assert [path.name for path in (tmp_path / "export").iterdir()] == [f"step_{STEP:08d}"]
 
 
 def test_missing_transformers_is_named(saved, tmp_path, monkeypatch):

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from research.journal import Outcome, Registration, read_trials
 from tests.training.runtime.faults import QuietOps, assert_is_example, example, open_store
+from training.build_trials import build_trials
+from training.config.cli import parse_args, write_resolved
 from training.runtime import atomic_io
 from training.runtime.atomic_io import TRANSIENT_WAIT_S, FileOps
 from training.runtime.checkpoint import CheckpointError
@@ -126,3 +129,29 @@ def test_without_retries_the_same_scanner_is_noticed(ram_path: Path, install: An
             failed += 1
     store.close()
     assert failed > 0
+
+
+def test_a_start_waits_for_a_viewer_of_the_resolved_settings(tmp_path: Path, install: Any) -> None:
+    write_resolved(parse_args(["--steps", "1"]), tmp_path)
+    scanner = install(Scanner(0, longest_s=29.0, share=1.0))
+    write_resolved(parse_args(["--steps", "2"]), tmp_path)
+    assert scanner.pauses
+    for name in ("config.json", "resolved_args.txt"):
+        assert parse_args([f"@{tmp_path / name}"]).run.steps == 2
+
+
+def test_the_journal_of_a_run_waits_for_a_viewer_of_its_pages(tmp_path: Path, install: Any) -> None:
+    scanner = install(Scanner(0, longest_s=29.0, share=1.0))
+    flags = ["--uroboros-enabled", "--output-dir", str(tmp_path)]
+    trials = build_trials(parse_args(flags), cast(Any, object()), say=print)
+    assert trials is not None and trials.journal is not None
+    journal = trials.journal._journal
+    entry = Registration(step=1, title="t", hypothesis="h", metric="m", threshold="1", design="d")
+    cycle = journal.register(entry)
+    outcome = Outcome(step=2, result="r", interval=None, decision="dropped")
+    journal.complete(cycle, outcome)
+    journal.resume(0)  # the page and the events become orphans
+    assert read_trials(tmp_path / "research") == []
+    names = sorted(path.name for path in (tmp_path / "research").iterdir())
+    assert len(names) == 3 and sum("orphan-1" in name for name in names) == 2
+    assert {Path(path).name for _, path in scanner.held} >= {"journal.jsonl.tmp"}
