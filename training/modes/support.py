@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import re
 import socket
 import zipfile
 from collections.abc import Iterator
@@ -76,22 +77,45 @@ class TextCleaner:
         self._names = personal_names()
 
     def clean(self, text: str) -> str:
+        # Secrets first: one that holds a name would not be known without it.
+        text = self._redactor.clean(text)
         for name, mark in self._names:
-            text = text.replace(name, mark)
-        return self._redactor.clean(text)
+            text = name.sub(mark, text)
+        return text
 
 
-def personal_names() -> list[tuple[str, str]]:
-    """What names this user and machine, in every spelling a JSON text may hold, longest first."""
-    names = []
+def personal_names() -> list[tuple[re.Pattern[str], str]]:
+    """What names this user and machine, each with its mark, in the order of replacing."""
+    hosts = sorted({socket.gethostname(), platform.node()}, key=len, reverse=True)
+    names = [(host, re.compile(re.escape(host)), HOST_MARK) for host in hosts]
     try:
         home = str(Path.home())
-        spellings = {home, home.replace("\\", "/"), json.dumps(home)[1:-1]}
-        names = [(spelling, HOME_MARK) for spelling in spellings]
+        names.insert(0, (home, path_pattern(home), HOME_MARK))
     except RuntimeError:  # no home directory can be told
         pass
-    names += [(host, HOST_MARK) for host in {socket.gethostname(), platform.node()}]
-    return sorted(((n, m) for n, m in names if len(n) > 3), key=lambda pair: -len(pair[0]))
+    return [(pattern, mark) for name, pattern, mark in names if len(name) > 3]
+
+
+def path_pattern(path: str) -> re.Pattern[str]:
+    """Finds a path however often it was escaped: an error's message holds its repr, JSON escapes
+    that again, and a stack dump writes ASCII only. Windows' names are the same in any case."""
+    spelled = (_spellings(character) for character in re.sub(r"[\\/]+", "/", path))
+    windows = re.match(r"[A-Za-z]:|\\\\", path) is not None
+    return re.compile("".join(spelled), re.IGNORECASE if windows else 0)
+
+
+def _spellings(character: str) -> str:
+    """A pattern for one character of a path in plain text, repr, ASCII and JSON."""
+    if character == "/":
+        return r"[\\/]+"
+    if character in "'\"":
+        return rf"\\*{character}"
+    if character.isascii():
+        return re.escape(character)
+    escaped = {
+        text[1:-1].replace("\\", r"\\+") for text in (ascii(character), json.dumps(character))
+    }
+    return f"(?:{'|'.join([character, *sorted(escaped)])})"
 
 
 def collect(config: SigmaConfig) -> Iterator[tuple[str, str]]:

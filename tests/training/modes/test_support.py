@@ -8,7 +8,7 @@ import random
 import socket
 import string
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
@@ -17,6 +17,7 @@ from tests.integration.runs import tiny_flags, train
 from training.config.cli import parse_args
 from training.modes import support
 from training.runtime.crash_report import write_crash_report
+from training.runtime.redact import Redactor
 
 SECRETS = 200
 
@@ -86,6 +87,34 @@ def test_home_and_host_are_not_named(run_dir: Path, monkeypatch: pytest.MonkeyPa
     text = unpacked(run_dir)["errors/hang_x.txt"]
     (run_dir / "errors" / "hang_x.txt").unlink()
     assert text == "[home]/data on [host]\n"
+
+
+@pytest.mark.parametrize("escaped", range(4))
+def test_a_windows_home_is_found_in_every_spelling(
+    monkeypatch: pytest.MonkeyPatch, escaped: int
+) -> None:
+    """An OSError quotes the path it is about; reports are JSON, and so are rows that quote them."""
+    home = PureWindowsPath("C:\\Homes\\Zoë O'Neil")
+    monkeypatch.setattr(Path, "home", staticmethod(lambda: home))
+    told = [
+        str(PermissionError(13, "denied", str(home / "runs\\x.json"))),
+        f"{home.as_posix()}/runs, {home}\\runs, c:\\HOMES\\zoë o'neil\\runs",
+        ascii(str(home / "runs")),
+    ]
+    text = "\n".join(told)
+    for _ in range(escaped):
+        text = json.dumps(text)
+    clean = support.TextCleaner(Redactor(values=())).clean(text)
+    assert clean.count(support.HOME_MARK) == 5
+    assert not [part for part in ("homes", "zo", "neil") if part in clean.lower()]
+
+
+def test_a_secret_that_holds_the_name_of_the_machine_is_a_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "the-machine")
+    cleaner = support.TextCleaner(Redactor(values=("pass-of-the-machine-77",)))
+    assert cleaner.clean("x pass-of-the-machine-77 y") == "x [redacted] y"
 
 
 def test_the_mode_writes_one_archive_and_says_where(
