@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.micro_batch import StepRows, is_out_of_memory
+from training.micro_batch import StepRows
 from training.nonfinite import Verdict
 from training.runtime.clock import PhaseClock
+from training.runtime.memory_guard import is_out_of_memory
 
 MAX_OVERFLOWS = 8  # of the loss scale, in one arm
 

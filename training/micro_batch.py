@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from training.runtime.memory_guard import is_out_of_memory
 from training.stream.batch import Batch, BatchStream
 
 
@@ -104,20 +105,6 @@ class StepRows:
         """The step is over."""
         self._drawn.clear()
         self._place = 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory on the device or the host was short.
-
-    The CPU allocator of torch has no exception class of its own.
-    """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in text
-        or "DefaultCPUAllocator: not enough memory" in text
-    )
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:

@@ -29,8 +29,8 @@ from evolution.overlays import Overlay
 from evolution.uroboros import Decision, Replicate, Uroboros, Verdict
 from training.context import StepContext
 from training.fork import Arm, ArmEnd, hash_state, remember_run, return_to, run_arm
-from training.micro_batch import is_out_of_memory
 from training.probe import Probe
+from training.runtime.memory_guard import is_out_of_memory
 from training.runtime.metrics import MetricsLog
 from training.trial_journal import TrialJournal
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from training.micro_batch import is_out_of_memory
-from training.runtime.memory_guard import clear_caches
+from training.runtime.memory_guard import clear_caches, is_out_of_memory
 
 Result = TypeVar("Result")
 

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from model.weight_cache import TernaryCache
-from training.micro_batch import is_out_of_memory
 from training.micro_pass import EagerPass
+from training.runtime.memory_guard import is_out_of_memory
 from training.stream.batch import Batch
 
 WARM_UP_RUNS = 3  # micro-batches; torch's own number

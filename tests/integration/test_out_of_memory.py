@@ -23,7 +23,8 @@ from training.build import build_trainer
 from training.config.cli import parse_args
 from training.features import FEATURES
 from training.features.base import Feature, Schedule
-from training.micro_batch import MicroBatchPlan, is_out_of_memory
+from training.micro_batch import MicroBatchPlan
+from training.runtime.memory_guard import is_out_of_memory
 
 FLAGS = (
     "--steps", "9", "--save-interval", "3", "--batch-size", "4", "--grad-accum-steps", "1",

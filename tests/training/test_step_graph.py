@@ -19,8 +19,8 @@ from model.weight_cache import TernaryCache, active_cache
 from tests.tiny_model import VOCAB, tiny_config
 from tests.trainable import patched
 from tests.training.graph_emulator import CaptureError, EmulatedGraphs
-from training.micro_batch import is_out_of_memory
 from training.micro_pass import EagerPass
+from training.runtime.memory_guard import is_out_of_memory
 from training.step_graph import WARM_UP_RUNS, CudaGraphs, StepGraph
 from training.stream.batch import Batch
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import Tensor
 
-from training.micro_batch import is_out_of_memory
 from training.rl.auto_mix import AutoMix
 from training.rl.budget import RepeatBudget
 from training.rl.candidates import CandidateMaker, Candidates
@@ -28,7 +27,7 @@ from training.rl.policy_update import PolicyBatch, PolicyUpdate, UpdateReport
 from training.rl.rollout import Rollout
 from training.rl.tasks import TaskSampler
 from training.rl.tick_metrics import diversity, tick_metrics
-from training.runtime.memory_guard import clear_caches
+from training.runtime.memory_guard import clear_caches, is_out_of_memory
 
 PASS_RATE_DECAY = 0.9
 MIXED_MODES = ("igrpo", "dispo", "gspo", "cispo")

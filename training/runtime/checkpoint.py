@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
-import json
 import logging
 import os
-import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,8 +44,8 @@ from training.runtime.restore import (
     find_candidates,
     newest_for_inference,
 )
-from training.runtime.state_tree import split_state
-from training.runtime.tensor_file import HostTensors, copy_to_host, encode_tensors, split_shards
+from training.runtime.snapshot import Snapshot, take_snapshot
+from training.runtime.tensor_file import encode_tensors, split_shards
 
 __all__ = [
     "Checkpoint",
@@ -63,21 +60,7 @@ MIN_VERIFIED = 2
 SPACE_FACTOR = 2
 MAX_REVISIONS = 10_000
 
-_GROUP = re.compile(r"[a-z][a-z0-9_]*")
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, kw_only=True)
-class Snapshot:
-    """The state of one step in host memory, no longer shared with anything that trains."""
-
-    step: int
-    groups: dict[str, HostTensors]
-    state: bytes
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.state) + sum(group.num_bytes for group in self.groups.values())
 
 
 class CheckpointStore:
@@ -123,16 +106,13 @@ class CheckpointStore:
         """Copy the state of `step` now and write it in a thread; `block` waits for the result.
 
         `tensors` holds one dictionary per group, one file each; `state` plain values only.
-        CheckpointError reports the failure of the previous save, in which case this one has not
-        been started and may be tried again; with `block` also the failure of this one.
+        CheckpointError reports the failure of the previous save, or that there is no memory for
+        the copy, in which case this one has not been started and may be tried again; with `block`
+        also the failure of this one.
         """
         self.wait()
         self.open()
-        snapshot = Snapshot(
-            step=step,
-            groups={name: _copy_group(name, group) for name, group in tensors.items()},
-            state=_encode_state(state),
-        )
+        snapshot = self._take(step, tensors, state)
         if self._executor is None:
             self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending = self._executor.submit(self._write, snapshot)
@@ -224,6 +204,18 @@ class CheckpointStore:
                 f"--checkpoint-dir {self.directory} cannot be used: {_reason(error)}"
             ) from error
         self._lock = lock
+
+    def _take(
+        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+    ) -> Snapshot:
+        try:
+            return take_snapshot(step, tensors, state)
+        except MemoryError as error:
+            raise CheckpointError(
+                f"step {step} could not be saved to {self.directory}: {error}. Older checkpoints "
+                "are kept",
+                path=self.directory,
+            ) from error
 
     def _write(self, snapshot: Snapshot) -> None:
         """The protocol, in the writer thread; ends in a verified checkpoint or CheckpointError."""
@@ -377,19 +369,6 @@ class CheckpointStore:
             free_bytes=free,
             needed_bytes=needed,
         )
-
-
-def _copy_group(name: str, group: dict[str, Tensor]) -> HostTensors:
-    if not _GROUP.fullmatch(name):
-        raise ValueError(f"tensor group {name!r} cannot be a file name")
-    return copy_to_host(group)
-
-
-def _encode_state(state: dict[str, Any]) -> bytes:
-    tensors, plain = split_state(state)
-    if tensors:
-        raise ValueError(f"state holds a tensor at {next(iter(tensors))}; use split_state")
-    return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _disk_full_text(step: int, path: Path, free: int | None, needed: int) -> str:

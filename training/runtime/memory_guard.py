@@ -67,6 +67,20 @@ class MemoryLimitReached(RuntimeError):
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory on the device or the host was short.
+
+    The CPU allocator of torch has no exception class of its own.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: can't allocate memory" in text
+        or "DefaultCPUAllocator: not enough memory" in text
+    )
+
+
 class MemoryGuard:
     """Reads memory at most once a second and says which measure is due.
 

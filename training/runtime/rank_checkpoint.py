@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.runtime.atomic_io import FileOps, read_file
-from training.runtime.checkpoint import CheckpointStore, Snapshot
+from training.runtime.checkpoint import CheckpointStore
 from training.runtime.manifest import (
     FileRecord,
     Manifest,
@@ -36,6 +36,7 @@ from training.runtime.restore import (
     UnreadableCheckpoint,
     find_candidates,
 )
+from training.runtime.snapshot import Snapshot, take_snapshot
 from training.runtime.state_tree import join_state
 from training.runtime.tensor_file import read_tensors
 
@@ -132,6 +133,14 @@ class RankCheckpointStore(CheckpointStore):
             self._together(self._take_directory if self._ranks.rank == 0 else lambda: None)
             self._is_open = True
         return self
+
+    def _take(
+        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+    ) -> Snapshot:
+        """Of all ranks or of none: no rank may begin to write a step that another will not."""
+        taken: list[Snapshot] = []
+        self._together(lambda: taken.append(take_snapshot(step, tensors, state)))
+        return taken[0]
 
     def _write(self, snapshot: Snapshot) -> None:
         leads, step = self._ranks.rank == 0, snapshot.step

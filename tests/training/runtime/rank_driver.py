@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tests.training.runtime.faults import FINGERPRINT, QuietOps
+from training.runtime import rank_checkpoint
 from training.runtime.atomic_io import FileOps
 from training.runtime.manifest import parse_directory_name
 from training.runtime.rank_checkpoint import ProcessGroupRanks, RankCheckpointStore
@@ -56,6 +57,17 @@ def obey(store: RankCheckpointStore, ops: DrivenOps, rank: int, order: list) -> 
             found.tensors["model"]["w"], tensors["model"]["w"]
         )
         return {"step": found.step, "exact": exact, "quarantined": store.quarantine_count}
+    if name == "short":
+        # The next copy finds no memory.
+        take = rank_checkpoint.take_snapshot
+
+        def fail(*_: object) -> None:
+            rank_checkpoint.take_snapshot = take
+            raise MemoryError("not enough memory")
+
+        if value:
+            rank_checkpoint.take_snapshot = fail  # type: ignore[assignment]
+        return {}
     if name == "alone":
         # The negative control: a rank that asks nobody what it has seen.
         store._together = lambda work: [work()]  # type: ignore[method-assign]

@@ -84,6 +84,11 @@ def test_two_ranks_save_fail_and_resume_as_one(pair: Pair) -> None:
     assert pair.names() == ["checkpoint_step_00000002", "checkpoint_step_00000003"]
     pair.tell(("full", False))
 
+    # Nor does one that has no memory for its copy leave the other with a step of its own.
+    pair.tell(("short", False), ("short", True))
+    for answer in pair.tell(("save", 4)):
+        assert "rank 1: not enough memory" in answer["error"]
+
     # One rank that does not see the newest yet: both take the newest that both see.
     pair.tell(("visible", 2), ("visible", 10**9))
     assert pair.tell(("load", None)) == [{"step": 2, "exact": True, "quarantined": 0}] * 2

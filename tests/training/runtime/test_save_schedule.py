@@ -89,6 +89,46 @@ def test_a_failed_save_is_tried_again_before_the_next_interval(ram_path: Path) -
     assert bench.store.last_saved_step is not None and bench.store.last_saved_step >= 300
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+    ids=["linux", "windows", "python"],
+)
+def test_no_memory_for_the_copy_costs_neither_run_nor_interval(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    bench = Bench(ram_path, interval=100)
+
+    def no_room(*_: Any, **__: Any) -> torch.Tensor:
+        raise error
+
+    with monkeypatch.context() as short:
+        short.setattr("training.runtime.tensor_file.torch.empty", no_room)
+        assert bench.train(range(100, 170)) == [100, 130, 160]
+    assert "not enough memory" in bench.said[0] and "trying again in 30 s" in bench.said[0]
+    assert bench.train(range(170, 200)) == [190]
+    bench.store.close()
+    assert bench.store.last_saved_step == 190
+
+
+def test_any_other_error_while_copying_is_not_hidden(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    bench = Bench(ram_path)
+    with monkeypatch.context() as broken:
+        broken.setattr("training.runtime.tensor_file.torch.empty", fail)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            bench.save(3)
+    bench.store.close()
+
+
 def test_without_failures_the_clock_plays_no_part(ram_path: Path) -> None:
     bench = Bench(ram_path, interval=5)
     assert bench.train(range(1, 21), seconds_per_step=1000.0) == [5, 10, 15, 20]
