@@ -18,6 +18,7 @@ from model.cross_entropy import linear_cross_entropy
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import Feature, Schedule
+from training.probe import evaluating
 from training.runtime.checkpoint import CheckpointStore
 from training.stream.batch import Batch
 from training.stream.reweighting import SourceFactors
@@ -108,15 +109,15 @@ class AdaptiveSourcesFeature(Feature):
         references: dict[int, float] = {}
         if self._reference_model is not None:
             references = source_losses(self._reference_model, batch, sources=sources)
+        factors = copy.deepcopy(self.factors)  # in place it would outlast a step that is replayed
         for source, loss in losses.items():
-            self.factors.observe(source, loss, reference=references.get(source))
+            factors.observe(source, loss, reference=references.get(source))
+        self.factors = factors
 
 
 def source_losses(model: nn.Module, batch: Batch, *, sources: set[int]) -> dict[int, float]:
     """Mean loss in nats per token of each of the sources in the batch; changes nothing."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         # With labels the model forms no logits, which would be the largest tensor of all.
         outputs = model(batch.input_ids, reset_mask=batch.reset_mask, labels=batch.labels)
         losses: dict[int, Tensor] = {}
@@ -127,7 +128,6 @@ def source_losses(model: nn.Module, batch: Batch, *, sources: set[int]) -> dict[
                 losses[source] = linear_cross_entropy(
                     outputs.hidden.flatten(0, 1), weight, labels.flatten()
                 )
-    model.train(was_training)
     return {source: float(loss) for source, loss in losses.items()}
 
 

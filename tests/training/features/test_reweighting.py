@@ -17,7 +17,7 @@ from tests.integration.runs import (
 from training.build import build_trainer
 from training.config.cli import parse_args
 from training.config.fields import ConfigError
-from training.features import FEATURES
+from training.features import FEATURES, reweighting
 from training.features.reweighting import source_losses
 from training.stream.batch import to_batch
 
@@ -155,3 +155,34 @@ def test_source_losses_are_the_models_loss_by_source(planted, tmp_path):
     assert found[9] == pytest.approx(float(each[[0, 2]].mean()), rel=1e-4)
     assert found[101] == pytest.approx(float(each[1].mean()), rel=1e-4)
     trainer.stream.close()
+
+
+@pytest.mark.parametrize("place", ["measurement", "forward"])
+def test_a_step_replayed_for_memory_measures_as_one_of_a_run_configured_so(
+    planted, tmp_path, monkeypatch, place
+):
+    more = (*ADAPTIVE, "--aux-adaptive-signal", "raw", "--dropout", "0.2", "--steps", "2")
+    small = ("--batch-size", "2", "--grad-accum-steps", "4")
+    train(flags(planted, tmp_path / "small", *more, *small))
+    arguments = flags(planted, tmp_path / "run", *more, "--batch-size", "4")
+    trainer = build_trainer(parse_args([*arguments, "--grad-accum-steps", "2"]))
+    forward, cross_entropy, failed = trainer.forward, reweighting.linear_cross_entropy, []
+
+    def fail_once(call, *, now):
+        if now and not failed:
+            failed.append(place)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call()
+
+    if place == "measurement":
+        monkeypatch.setattr(
+            reweighting,
+            "linear_cross_entropy",
+            lambda *args: fail_once(lambda: cross_entropy(*args), now=True),
+        )
+    else:
+        trainer.forward = lambda ctx: fail_once(lambda: forward(ctx), now=ctx.micro == 1)
+    trainer.fit()
+    assert failed == [place]
+    found = differences(tmp_path / "small", tmp_path / "run")
+    assert [name for name in found if "micro_batch" not in name] == []
