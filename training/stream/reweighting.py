@@ -11,6 +11,7 @@ Sources: Xie et al. 2023 (DoReMi), Albalak et al. 2023 (ODM), Jiang et al. 2024 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +58,16 @@ class SourceFactors:
     _records: dict[int, _Record] = field(default_factory=dict)
 
     def observe(self, source: int, loss: float, *, reference: float | None = None) -> None:
-        """A source's mean loss in nats per token, and the reference model's on the same text."""
+        """A source's mean loss in nats per token, and the reference model's on the same text.
+
+        A loss that is not finite is passed over: an average would never be rid of it.
+        """
+        if not math.isfinite(loss):
+            return
         record = self._records.setdefault(source, _Record())
         record.fast.add(loss, decay=FAST_DECAY)
         record.slow.add(loss, decay=SLOW_DECAY)
-        if reference is not None:
+        if reference is not None and math.isfinite(reference):
             record.excess.add(loss - reference, decay=FAST_DECAY)
 
     def update(self, *, shuffle: torch.Generator | None = None) -> dict[int, float]:

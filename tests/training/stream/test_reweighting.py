@@ -121,3 +121,18 @@ def test_the_state_continues_the_factors():
             restored.load_state_dict(second.state_dict())
             second = restored
     assert first.factors == second.factors and first.signals == second.signals
+
+
+@pytest.mark.parametrize("signal", ["progress", "excess", "raw"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_losses_that_are_not_finite_leave_no_trace(signal, bad):
+    factors, sound = SourceFactors(signal=signal), SourceFactors(signal=signal)
+    for loss in (3.0, 2.0, 1.5):
+        for source in (1, 2):
+            factors.observe(source, bad, reference=1.0)
+            for target in (factors, sound):
+                target.observe(source, loss * source, reference=1.0)
+    factors.observe(3, bad)
+    assert factors.update() == sound.update() and factors.losses == sound.losses
+    factors.observe(1, 1.0, reference=bad)
+    assert all(math.isfinite(value) for value in factors.update().values())
