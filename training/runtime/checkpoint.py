@@ -121,7 +121,7 @@ class CheckpointStore:
 
     def start_anew(self) -> None:
         """Never load what is there now: to go back must not lead into the run before this one."""
-        self._open()
+        self.open()
         self._left_behind = set(self._ops.list_dir(self.directory))
 
     def load_newest(self, *, before_step: int | None = None) -> Checkpoint | None:

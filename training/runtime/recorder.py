@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 
 from training.context import Metric, StepContext
@@ -43,6 +45,7 @@ class RunRecorder:
         self._beta = ema_beta
         self._synthetic = is_synthetic  # generated tasks are never mixed with real text
         self._log: MetricsLog | None = None
+        self._samples: MetricsLog | None = None
         self._loss_ema: torch.Tensor | None = None
         self._loss_ema_weight = 0.0
         self._speed_ema: float | None = None
@@ -51,12 +54,12 @@ class RunRecorder:
         self._last_row_step = 0
 
     def open(self, *, metrics_offset: int | None, step: int = 0) -> None:
-        """Start a new metrics file, or continue one whose length a checkpoint of `step` knows."""
+        """Start new records, or continue metrics whose length a checkpoint of `step` knows."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._log = MetricsLog(self.output_dir / "metrics.jsonl")
         self._log.resume(0 if metrics_offset is None else metrics_offset, last_step=step)
-        if metrics_offset is None:
-            (self.output_dir / "samples.jsonl").unlink(missing_ok=True)
+        self._samples = MetricsLog(self.output_dir / "samples.jsonl")
+        self._samples.resume(self._samples.offset, last_step=step)
 
     def write_start_row(self, step: int, facts: dict[str, Any]) -> None:
         """The row of step 0, or of the step a resumed run starts from."""
@@ -117,9 +120,9 @@ class RunRecorder:
     def write_sample(self, step: int, text: str | None) -> None:
         if text is None:
             return
-        line = json.dumps({"step": step, "text": text}, ensure_ascii=True)
-        with (self.output_dir / "samples.jsonl").open("a", encoding="utf-8", newline="\n") as file:
-            file.write(line + "\n")
+        assert self._samples is not None
+        ascii_text = json.dumps(text)  # for readers to whom a line also ends at U+2028
+        self._samples.append({"step": step, "text": orjson.Fragment(ascii_text)})
         self.display.sample(text)
 
     def wall_seconds(self) -> float:
@@ -128,8 +131,9 @@ class RunRecorder:
 
     def state_dict(self) -> dict[str, Any]:
         """Flushes metrics.jsonl to disk: a checkpoint must not point behind its end."""
-        assert self._log is not None
+        assert self._log is not None and self._samples is not None
         self._log.fsync()
+        self._samples.fsync()
         return {
             "metrics_offset": self._log.offset,
             "loss_ema": self._loss_ema,
@@ -149,18 +153,19 @@ class RunRecorder:
 
     def rewind(self, state: dict[str, Any], *, step: int) -> None:
         """Go back to the records of `step`; rows written since are kept as an orphan file."""
-        assert self._log is not None
+        assert self._log is not None and self._samples is not None
         self._log.resume(state["metrics_offset"], last_step=step)
+        self._samples.resume(self._samples.offset, last_step=step)
         wall = self.wall_seconds()
         self.load_state_dict(state)
         self._wall_before = wall
 
     def close(self) -> None:
-        try:
-            if self._log is not None:
-                self._log.close()
-        finally:
-            self.display.close()
+        with ExitStack() as closing:  # all of them, whatever one of them does
+            closing.callback(self.display.close)
+            for log in (self._samples, self._log):
+                if log is not None:
+                    closing.callback(log.close)
 
     def _write(self, row: dict[str, Any]) -> None:
         assert self._log is not None
