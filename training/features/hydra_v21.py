@@ -133,4 +133,4 @@ class HydraFeature(Feature):
 
     def close(self) -> None:
         if self._service is not None:
-            self._service.learner.close()
+            self._service.close()
