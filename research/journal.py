@@ -9,6 +9,7 @@ is told twice and no result stands under a hypothesis that came later.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 EVENTS_NAME = "journal.jsonl"
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -63,6 +66,7 @@ class Journal:
         self._now = now
         self._replace = replace
         self._events: list[dict[str, Any]] | None = None
+        self._waiting: dict[str, Any] | None = None
 
     @property
     def position(self) -> int:
@@ -71,6 +75,7 @@ class Journal:
 
     def resume(self, position: int) -> None:
         """Go on behind the first `position` events; later ones become orphans."""
+        self._waiting = None
         known = list(_read_events(self.directory))
         kept, later = known[:position], known[position:]
         if later:
@@ -87,10 +92,14 @@ class Journal:
             self._write_page(cycle)
 
     def register(self, entry: Registration) -> int:
-        """Write a trial down before it begins; its cycle, counted from 1."""
+        """Write a trial down before it begins; its cycle, counted from 1.
+
+        OSError where that cannot be written, and then nothing is: the trial must not begin.
+        """
         if self._events is None:
             self.resume(0)
         assert self._events is not None
+        self._write_waiting()
         now = self._now()
         cycle = 1 + sum(event["event"] == "registered" for event in self._events)
         self._append(
@@ -105,24 +114,48 @@ class Journal:
         return cycle
 
     def complete(self, cycle: int, outcome: Outcome) -> None:
-        """Add what came out; ValueError for a cycle that is not open."""
+        """Add what came out; ValueError for a cycle that is not open.
+
+        What cannot be written (a full disk) waits for `settle`; before it no other trial begins.
+        """
         kinds = [event["event"] for event in self._events or () if event["cycle"] == cycle]
         if kinds != ["registered"]:
             raise ValueError(f"cycle {cycle} of the research journal is not open")
         now = self._now().isoformat(timespec="seconds")
         values = asdict(outcome)
         values["interval"] = None if outcome.interval is None else list(outcome.interval)
-        self._append({"event": "completed", "cycle": cycle, "time_utc": now, **values})
+        self._waiting = {"event": "completed", "cycle": cycle, "time_utc": now, **values}
+        self.settle()
+
+    def settle(self) -> None:
+        """Write an outcome that waits; if that fails again it goes on waiting."""
+        try:
+            self._write_waiting()
+        except OSError as error:
+            _LOG.warning("an outcome waits to be written to %s: %s", self.directory, error.strerror)
+
+    def _write_waiting(self) -> None:
+        if self._waiting is not None:
+            self._append(self._waiting)
+            self._waiting = None
 
     def _append(self, event: dict[str, Any]) -> None:
+        """Write an event and its page, or leave the journal as it was."""
         assert self._events is not None
         self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / EVENTS_NAME).open("ab") as file:
-            file.write(_lines([event]))
-            file.flush()
-            os.fsync(file.fileno())
-        self._events.append(event)
-        self._write_page(event["cycle"])
+        with (self.directory / EVENTS_NAME).open("ab", buffering=0) as file:
+            end = file.tell()
+            self._events.append(event)
+            try:
+                data = _lines([event])
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+                self._write_page(event["cycle"])
+            except OSError:
+                self._events.pop()
+                file.truncate(end)
+                raise
 
     def _write_page(self, cycle: int) -> None:
         own = [event for event in self._events or () if event["cycle"] == cycle]

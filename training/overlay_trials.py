@@ -30,6 +30,7 @@ from evolution.uroboros import Decision, Replicate, Uroboros, Verdict
 from training.context import StepContext
 from training.fork import Arm, ArmEnd, hash_state, remember_run, return_to, run_arm
 from training.probe import Probe
+from training.runtime.atomic_io import DISK_FULL
 from training.runtime.memory_guard import is_out_of_memory
 from training.runtime.metrics import MetricsLog
 from training.trial_journal import TrialJournal
@@ -139,9 +140,10 @@ class OverlayTrials:
         rng = random.Random(int(torch.randint(2**62, (), generator=ctx.rng)))
         tested = self.search.tested
         self.overlay = self.search.next_overlay(rng)
-        if self.search.tested > tested:
-            self._cycle = self._register(ctx.step, steps)
         self.begun, self.end = ctx.step, ctx.step + steps
+        if self.search.tested > tested and not self._register(ctx.step, steps):
+            ctx.policy.token.give_back(FEATURE)
+            return False
         self.phase = Phase.OTHER_ARM
         return True
 
@@ -294,18 +296,29 @@ class OverlayTrials:
         self._record("dropped", step, candidate=number, reason=verdict.reason)
         self._complete(step, verdict, f"dropped: {verdict.reason}")
 
-    def _register(self, step: int, steps: int) -> int:
-        if self.journal is None or self.search.open is None:
-            return 0
-        return self.journal.register(
-            self.search.open,
-            self.search.settings,
-            step=step,
-            steps=steps,
-            interval=self.settings.interval,
-            batches=min(SCORED_BATCHES, len(self._probe)),
-            placebo=self.settings.placebo,
-        )
+    def _register(self, step: int, steps: int) -> bool:
+        """Write the open candidate down; False where that failed and the candidate is dropped."""
+        candidate = self.search.open
+        if self.journal is None or candidate is None:
+            return True
+        try:
+            self._cycle = self.journal.register(
+                candidate,
+                self.search.settings,
+                step=step,
+                steps=steps,
+                interval=self.settings.interval,
+                batches=min(SCORED_BATCHES, len(self._probe)),
+                placebo=self.settings.placebo,
+            )
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            verdict = self.search.abandon("disk full: it could not be registered")
+            self._record("dropped", step, candidate=candidate.number, reason=verdict.reason)
+            self._say(f"step {step}: no trial of {candidate.proposal.new}; {verdict.reason}")
+            return False
+        return True
 
     def _complete(self, step: int, verdict: Verdict, decision: str) -> None:
         if self.journal is not None:
@@ -333,6 +346,8 @@ class OverlayTrials:
         """All that decides the rest, with the way back while there is one."""
         if self._history is not None:
             self._history.fsync()
+        if self.journal is not None:
+            self.journal.settle()
         arm = self.arm
         return {
             "search": self.search.state_dict(),
@@ -369,5 +384,7 @@ class OverlayTrials:
             self.journal.resume(position)
 
     def close(self) -> None:
+        if self.journal is not None:
+            self.journal.settle()
         if self._history is not None:
             self._history.close()

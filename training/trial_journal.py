@@ -31,7 +31,10 @@ class TrialJournal:
         batches: int,
         placebo: bool,
     ) -> int:
-        """Write down what is tried and what will decide, before the first arm; the cycle."""
+        """Write down what is tried and what will decide, before the first arm; the cycle.
+
+        OSError where that cannot be written.
+        """
         proposal, own = found.proposal, settings
         gain = f" and a relative gain of at least {own.min_gain:g}" if own.gain_enforced else ""
         strict = ", without more gradient spikes than the control" if own.strict else ""
@@ -61,3 +64,7 @@ class TrialJournal:
         self._journal.complete(
             cycle, Outcome(step=step, result=result, interval=verdict.interval, decision=decision)
         )
+
+    def settle(self) -> None:
+        """Write what waited for space on the disk."""
+        self._journal.settle()

@@ -1,7 +1,9 @@
 """The journal: written before the trial, completed after it, told once over all lives of a run."""
 
+import errno
 import itertools
 import json
+import os
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -118,3 +120,42 @@ def test_any_position_can_be_gone_back_to(directory, kept):
     assert [trial["outcome"] is not None for trial in told] == [True, True][: kept // 2] + [
         False
     ] * (kept % 2)
+
+
+def refuse(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["research.journal.os.fsync", "research.journal._write"])
+def test_a_registration_that_finds_no_room_leaves_no_trace(directory, monkeypatch, call):
+    journal = Journal(directory, now=clock())
+    journal.complete(journal.register(entry(1)), outcome(2))
+    before = (directory / EVENTS_NAME).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refuse)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            journal.register(entry(3))
+    assert (directory / EVENTS_NAME).read_bytes() == before and journal.position == 2
+    assert journal.register(entry(5)) == 2
+    assert [trial["step"] for trial in read_trials(directory)] == [1, 5]
+
+
+@pytest.mark.parametrize("later", ["settle", "register"])
+@pytest.mark.parametrize("call", ["research.journal.os.fsync", "research.journal._write"])
+def test_an_outcome_waits_for_room_and_stands_before_the_next_trial(
+    directory, monkeypatch, caplog, call, later
+):
+    journal = Journal(directory, now=clock())
+    cycle = journal.register(entry(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refuse)
+        journal.complete(cycle, outcome(2, "promoted: forced"))
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            journal.register(entry(3))
+    assert "an outcome waits" in caplog.text and journal.position == 1
+    assert read_trials(directory)[0]["outcome"] is None
+    journal.settle() if later == "settle" else journal.register(entry(4))
+    assert read_trials(directory)[0]["outcome"]["decision"] == "promoted: forced"
+    assert "promoted: forced" in (directory / pages(directory)[0]).read_text(encoding="utf-8")
+    events = [json.loads(line)["event"] for line in (directory / EVENTS_NAME).open("rb")]
+    assert events == ["registered", "completed", "registered"][: journal.position]

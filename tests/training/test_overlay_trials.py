@@ -1,7 +1,9 @@
 """Trials in whole runs: nothing promoted is nothing changed; what is undone is undone exactly."""
 
+import errno
 import json
 import math
+import os
 import random
 import shutil
 
@@ -9,6 +11,7 @@ import pytest
 
 from evolution.overlays import Overlay
 from evolution.uroboros import Decision, Replicate, SearchSettings, Uroboros
+from research.journal import Journal, read_trials
 from tests.integration.runs import differences, metrics_rows, stop_after, train
 from tests.integration.test_resume_pairwise import every_resume
 from tests.training.small_run import small_flags
@@ -94,6 +97,29 @@ def test_the_journal_is_written_before_the_arm_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("training.overlay_trials.run_arm", look)
     train(small_flags(directory, *TRIALS, "--steps", "9"))
     assert len(seen[0]) == 1 and "## Hypothesis" in seen[0][0].read_text(encoding="utf-8")
+
+
+def test_no_arm_runs_while_its_trial_cannot_be_registered(tmp_path, monkeypatch):
+    directory, begun = tmp_path / "run", []
+
+    def append(self, event):
+        if not begun:
+            begun.append(event)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, event)
+
+    def look(trainer, **_):
+        trials = read_trials(directory / "research")
+        begun.append([trial["title"].split(":")[0] for trial in trials])
+        return run_arm(trainer, **_)
+
+    write = Journal._append
+    monkeypatch.setattr(Journal, "_append", append)
+    monkeypatch.setattr("training.overlay_trials.run_arm", look)
+    train(small_flags(directory, *TRIALS, "--steps", "13"))
+    assert begun[1:] == [["candidate 2"]]
+    assert [line["event"] for line in history(directory)] == ["dropped", "replicate"]
+    assert "could not be registered" in history(directory)[0]["reason"]
 
 
 def test_no_journal_without_the_research_loop(tmp_path):
