@@ -24,6 +24,8 @@ class WeightAverage:
         if not self.shadow:
             self.shadow = {name: param.clone() for name, param in params.items()}
             return False
+        for name, param in params.items():  # a restored shadow comes from host memory
+            self.shadow[name] = self.shadow[name].to(param.device)
         shadows = [self.shadow[name] for name in params]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             shadows, list(params.values()), 1.0 - self.decay

@@ -2,7 +2,10 @@
 
 import torch
 
+from training.context import StepContext
 from training.ema import WeightAverage
+from training.features.ema import EmaFeature
+from training.fork import copy_state
 
 
 def test_equals_the_weighted_sum():
@@ -36,3 +39,16 @@ def test_distance_is_relative_and_zero_at_the_start():
         for param in layer.parameters():
             param.mul_(2.0)
     torch.testing.assert_close(average.distance(layer), torch.tensor(0.5))
+
+
+def test_a_restored_average_goes_on_where_the_weights_are():
+    """Checkpoints and forks give tensors of host memory back; meta stands for another device."""
+    layer = torch.nn.Linear(4, 4, device="meta")
+    first = EmaFeature(WeightAverage(decay=0.9))
+    first.average.update(torch.nn.Linear(4, 4))
+    again = EmaFeature(WeightAverage(decay=0.9))
+    again.load_state_dict(copy_state(first.state_dict()))
+    ctx = StepContext(step=2, total_steps=3, model=layer, optimizer=None)
+    assert again.after_step(ctx) is True
+    assert {value.device.type for value in again.average.shadow.values()} == {"meta"}
+    assert again.average.distance(layer).device.type == "meta"
