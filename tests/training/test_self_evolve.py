@@ -6,8 +6,12 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from scipy import stats
 
+from training.config.cli import parse_args
+from training.features.self_evolve import SelfEvolveFeature
+from training.fork import copy_state
 from training.self_evolve import (
     LearningRateRule,
     PaceRule,
@@ -176,3 +180,15 @@ def test_a_pace_is_carried_out_once_and_its_state_is_all_there_is():
     assert rule.settle() == (9 / 8, 3 / 4)
     copy.observe(reserved_gb=0.0, task_val=0.6)
     assert copy.settle() == (1.0, 3 / 4)
+
+
+def test_norms_of_a_restored_state_and_of_the_next_step_are_saved_together():
+    """What a state brings back is in host memory; meta stands for the device of the next step."""
+    feature = SelfEvolveFeature.create(parse_args([]))
+    feature._norms = [torch.tensor(1.0)]
+    again = SelfEvolveFeature.create(parse_args([]))
+    again.load_state_dict(copy_state(feature.state_dict()))
+    assert again.state_dict()["norms"].tolist() == [1.0]
+    again._norms.append(torch.tensor(2.0, device="meta"))
+    norms = again.state_dict()["norms"]
+    assert norms.shape == (2,) and norms.device.type == "meta"

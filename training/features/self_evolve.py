@@ -133,7 +133,9 @@ class SelfEvolveFeature(Feature):
 
     def state_dict(self) -> dict[str, Any]:
         """The rule, and the gradient norms it has not seen yet."""
-        norms = torch.stack(self._norms) if self._norms else torch.zeros(0)
+        norms = torch.zeros(0)
+        if self._norms:  # those of a restored state are in host memory
+            norms = torch.stack([norm.to(self._norms[-1].device) for norm in self._norms])
         pace = None if self.pace is None else self.pace.state_dict()
         return {"rule": self.rule.state_dict(), "norms": norms, "pace": pace}
 
