@@ -277,6 +277,7 @@ class BlockTensors:
             slot.coding, slot.calls = "int8", PROBE_INTERVAL
         if slot.coding == "low_rank" and slot.basis is not None:
             if not values.numel() % width and len(slot.basis) == width:
+                slot.basis = slot.basis.to(values.device)  # a checkpoint brings it to the host
                 return encode_low_rank(values, basis=slot.basis, bits=4, seed=self._seed())
             slot.coding, slot.calls = "int8", PROBE_INTERVAL
         bits = WIDTHS.get(slot.coding or "", 8)

@@ -73,6 +73,22 @@ def test_low_rank_where_four_bits_alone_are_too_coarse():
     assert without.codings() == ["int8"] and stored < without.tally.stored
 
 
+def test_a_restored_basis_goes_on_where_the_tensors_are(monkeypatch):
+    """A checkpoint brings it to host memory; meta stands for the device of the tensors."""
+    given = []
+
+    def code(values, *, basis, **_):
+        given.append((values.device.type, basis.device.type))
+
+    monkeypatch.setattr("training.activation.slots.encode_low_rank", code)
+    scene = Scene(error_threshold=1.0, rank=8)
+    slot = {"coding": "low_rank", "basis": torch.linalg.qr(draw(128, 8)).Q}
+    scene.book.load_state_dict({"0.0": slot})
+    values = torch.empty(400 * 128, device="meta")
+    scene.tensors()._code(scene.book.get(0, 0), values, 128)
+    assert given == [("meta", "meta")]
+
+
 def test_one_number_a_row_stays_exact():
     rows, norms = draw(100, 128), draw(5000, 1)
     scene = Scene(error_threshold=1.0, rank=0)
