@@ -113,13 +113,17 @@ class Journal:
         )
         return cycle
 
+    def is_open(self, cycle: int) -> bool:
+        """Whether a cycle was registered and nothing has completed it."""
+        kinds = [event["event"] for event in self._events or () if event["cycle"] == cycle]
+        return kinds == ["registered"]
+
     def complete(self, cycle: int, outcome: Outcome) -> None:
         """Add what came out; ValueError for a cycle that is not open.
 
         What cannot be written (a full disk) waits for `settle`; before it no other trial begins.
         """
-        kinds = [event["event"] for event in self._events or () if event["cycle"] == cycle]
-        if kinds != ["registered"]:
+        if not self.is_open(cycle):
             raise ValueError(f"cycle {cycle} of the research journal is not open")
         now = self._now().isoformat(timespec="seconds")
         values = asdict(outcome)

@@ -91,6 +91,7 @@ class OverlayTrials:
         self._probe, self._say = probe, say
         self._history: MetricsLog | None = None
         self._cycle = 0
+        self._journal_position = 0  # as restored; what is saved while the journal is off
         self.in_other_arm = False
         self._seconds = 0.0
 
@@ -321,8 +322,12 @@ class OverlayTrials:
         return True
 
     def _complete(self, step: int, verdict: Verdict, decision: str) -> None:
-        if self.journal is not None:
+        if self.journal is None:
+            return
+        if self.journal.is_open(self._cycle):
             self.journal.complete(self._cycle, verdict, step=step, decision=decision)
+        else:  # begun with the journal off, or its files are gone: no reason to stop the run
+            self._say(f"step {step}: not in the research journal, where it has no page: {decision}")
 
     def _record(self, event: str, step: int, **values: Any) -> None:
         if self._history is None:
@@ -361,7 +366,7 @@ class OverlayTrials:
             "way_back": self.way_back,
             "records": [
                 0 if self._history is None else self._history.offset,
-                0 if self.journal is None else self.journal.position,
+                self._journal_position if self.journal is None else self.journal.position,
                 self._cycle,
             ],
         }
@@ -378,10 +383,10 @@ class OverlayTrials:
         self.norms = list(state["norms"])
         self.counts, self.figures = dict(state["counts"]), dict(state["figures"])
         self.way_back = state["way_back"]
-        offset, position, self._cycle = state["records"]
+        offset, self._journal_position, self._cycle = state["records"]
         self._open_history(offset)
         if self.journal is not None:
-            self.journal.resume(position)
+            self.journal.resume(self._journal_position)
 
     def close(self) -> None:
         if self.journal is not None:

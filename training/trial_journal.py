@@ -55,6 +55,10 @@ class TrialJournal:
         )
         return self._journal.register(entry)
 
+    def is_open(self, cycle: int) -> bool:
+        """Whether the journal still waits for what came out of a cycle."""
+        return self._journal.is_open(cycle)
+
     def complete(self, cycle: int, verdict: Verdict, *, step: int, decision: str) -> None:
         """Add what came out of it."""
         result = (
