@@ -39,6 +39,7 @@ LEAST_DISTANCE = 0.05  # what is closer to the present overlay is no change
 WATCHED_REPLICATES = 3
 # One-sided 5 % point of Student's t with 2 degrees of freedom: asked once, after the third.
 REVERSAL_T = 2.920
+PASSED = "significant, and every gate is passed"
 
 
 class Decision(Enum):
@@ -199,14 +200,15 @@ class Uroboros:
         self.open = None
         return verdict
 
-    def commit(self) -> None:
-        """Put the open candidate in force, and watch it."""
+    def commit(self) -> Verdict:
+        """Put the open candidate in force, and watch it; the evidence for it."""
         assert self.open is not None
         found, self.open = self.open, None
         self.watch = Watch(replaced=self.in_force, replaced_number=self.number, gain=found.gain)
         self.in_force, self.number = found.proposal.new, found.number
         self._level += found.gain
         self._queue.clear()
+        return _verdict(found, Decision.PROMOTE, PASSED)
 
     def close_candidate(self) -> None:
         """Leave a promoted candidate as it is, without putting it in force (dry run)."""
@@ -272,7 +274,7 @@ class Uroboros:
             if own.strict and found.spikes[1] > found.spikes[0]:
                 missing.append("its gradients spike more often")
             if not missing:
-                return Decision.PROMOTE, "significant, and every gate is passed"
+                return Decision.PROMOTE, PASSED
             reason = "significant, but " + " and ".join(missing)
         elif process.value < FUTILE:
             return Decision.DROP, f"futile: evidence below {FUTILE:g}"

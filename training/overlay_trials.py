@@ -171,7 +171,7 @@ class OverlayTrials:
         elif self.search.watch is not None:
             self._end_watch(self.begun, "kept: what it replaced diverged")
         else:
-            self._drop_diverged(self.begun)
+            self._give_up(self.begun, "dropped", "its arm diverged")
         return True
 
     def _placebo_seed(self) -> int | None:
@@ -229,21 +229,22 @@ class OverlayTrials:
     def _follow(self, step: int, verdict: Verdict) -> None:
         """Do what a verdict asks for, or leave it to the next `between_steps`."""
         match verdict.decision:
+            case Decision.PROMOTE if self.settings.commit:
+                self.phase = Phase.COMMIT
             case Decision.PROMOTE:
-                self.counts["promotions"] += 1
-                dry = "" if self.settings.commit else "; dry run: not put in force"
-                self._say(f"step {step}: promoted {self.overlay}{dry}")
-                self._complete(step, verdict, f"promoted: {verdict.reason}{dry}")
-                if self.settings.commit:
-                    self.phase = Phase.COMMIT
-                else:
-                    self.search.close_candidate()
+                self._promote(step, verdict, "; dry run: not put in force")
+                self.search.close_candidate()
             case Decision.DROP:
                 self._complete(step, verdict, f"dropped: {verdict.reason}")
             case Decision.KEEP:
                 self._end_watch(step, f"kept: {verdict.reason}")
             case Decision.ROLL_BACK:
                 self.phase = Phase.ROLL_BACK
+
+    def _promote(self, step: int, verdict: Verdict, note: str = "") -> None:
+        self.counts["promotions"] += 1
+        self._say(f"step {step}: promoted {self.overlay}{note}")
+        self._complete(step, verdict, f"promoted: {verdict.reason}{note}")
 
     def _commit(self, trainer: Any) -> None:
         self.phase = Phase.IDLE
@@ -252,11 +253,12 @@ class OverlayTrials:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._say(f"step {trainer.step}: no memory to keep a way back, so nothing is changed")
-            self.search.close_candidate()
+            reason = "no memory to keep a way back"
+            self._say(f"step {trainer.step}: {reason}, so nothing is changed")
+            self._give_up(trainer.step, "not committed", reason)
             return
         parent = self.search.in_force
-        self.search.commit()
+        self._promote(trainer.step, self.search.commit())
         self._record(
             "commit",
             trainer.step,
@@ -290,12 +292,13 @@ class OverlayTrials:
         self.way_back = None
         self._record("kept", step, candidate=self.search.number, reason=reason)
 
-    def _drop_diverged(self, step: int) -> None:
+    def _give_up(self, step: int, event: str, reason: str) -> None:
+        """Leave the open candidate for a reason that is no evidence."""
         assert self.search.open is not None
         number = self.search.open.number
-        verdict = self.search.abandon("its arm diverged")
-        self._record("dropped", step, candidate=number, reason=verdict.reason)
-        self._complete(step, verdict, f"dropped: {verdict.reason}")
+        verdict = self.search.abandon(reason)
+        self._record(event, step, candidate=number, reason=reason)
+        self._complete(step, verdict, f"{event}: {reason}")
 
     def _register(self, step: int, steps: int) -> bool:
         """Write the open candidate down; False where that failed and the candidate is dropped."""

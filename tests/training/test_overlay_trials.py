@@ -135,6 +135,8 @@ def test_a_promoted_overlay_holds_from_the_next_step(tmp_path, off, monkeypatch)
     commit = next(row for row in rows if row["event"] == "commit")
     factor = commit["overlay"]["lr_factor"]
     assert commit["step"] == 8 and factor != 1.0
+    told = read_trials(tmp_path / "run" / "research")[0]["outcome"]
+    assert told["step"] == 8 and told["decision"].startswith("promoted: significant")
     assert [row["event"] for row in rows] == [
         "replicate", "commit", "replicate", "replicate", "replicate", "kept",
     ]  # fmt: skip
@@ -153,6 +155,24 @@ def test_a_dry_run_records_and_changes_nothing(tmp_path, off, monkeypatch):
     assert curves(tmp_path / "run") == curves(off)
     last = metrics_rows(tmp_path / "run")[-1]
     assert (last["uroboros_promotions"], last["uroboros_active_overlay_id"]) == (1, 0)
+
+
+def test_without_memory_for_the_way_back_nothing_is_promoted(tmp_path, off, monkeypatch):
+    promote_the_first(monkeypatch, then=Decision.KEEP)
+
+    def starve(trainer, **_):
+        raise MemoryError
+
+    monkeypatch.setattr("training.overlay_trials.remember_run", starve)
+    train(small_flags(tmp_path / "run", *TRIALS))
+    rows = history(tmp_path / "run")
+    assert [row["event"] for row in rows[:2]] == ["replicate", "not committed"]
+    assert "commit" not in {row["event"] for row in rows}
+    told = read_trials(tmp_path / "run" / "research")
+    assert told[0]["outcome"]["decision"].startswith("not committed: no memory")
+    last = metrics_rows(tmp_path / "run")[-1]
+    assert (last["uroboros_promotions"], last["uroboros_active_overlay_id"]) == (0, 0)
+    assert curves(tmp_path / "run") == curves(off)
 
 
 def test_a_roll_back_restores_the_exact_state(tmp_path, off, monkeypatch):

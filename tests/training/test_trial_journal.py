@@ -36,7 +36,7 @@ class Life:
         self.trials._cycle = self.trials._register(4, 4)
 
     def conclude(self):
-        self.trials._drop_diverged(8)
+        self.trials._give_up(8, "dropped", "its arm diverged")
 
     def end(self):
         state = self.trials.state_dict()
