@@ -34,13 +34,12 @@ DOUBTED, BELIEVED = 3.0, 3.3  # standard errors of the mean vote: from nothing t
 LEAST_BELIEF = 0.01
 SUCCESS_RATE = 0.2  # above it changes may grow: the 1/5 rule (Rechenberg 1973)
 ORDERS = ((1, -1, -1, 1), (-1, 1, 1, -1))
-FRONTIER_INTERVAL = 16
 REACH = {"lr": 0.15, "ttrl_interval": 0.35, "ttrl_budget": 0.5, "replay_bias": 0.4}
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class ImproverSettings:
-    """Size of the perturbations and its adaptation; `alpha` weighs quality on the frontier."""
+    """Size of the perturbations and its adaptation."""
 
     sigma: float = 0.08
     sigma_min: float = 0.02
@@ -49,20 +48,7 @@ class ImproverSettings:
     beta: float = 0.90
     gain_up: float = 1.06
     gain_down: float = 0.94
-    alpha: float = 0.6
     is_shuffled: bool = False
-
-
-@dataclass(slots=True, kw_only=True, frozen=True)
-class Point:
-    """A centre that was tried: what its gain is believed to be, and its speed.
-
-    speed: tokens of the language model per token of all work; counted, not timed.
-    """
-
-    theta: tuple[float, ...]
-    quality: float
-    speed: float
 
 
 class SelfImprover:
@@ -83,7 +69,6 @@ class SelfImprover:
         self.num_quadruples = 0
         self.reward_plus = self.reward_minus = 0.0
         self._window: list[tuple[float, list[float]]] = []  # difference / 2 s, direction
-        self._visited: list[tuple[list[float], float]] = []
         self._direction: list[float] = []
         self._order: tuple[int, ...] = ()
         self._losses: list[float] = []
@@ -110,10 +95,10 @@ class SelfImprover:
         self._order = ORDERS[order]
         self._losses = [loss]
 
-    def end_trial(self, loss: float, *, generator: torch.Generator, speed: float = 1.0) -> bool:
+    def end_trial(self, loss: float, *, generator: torch.Generator) -> bool:
         """Take the probe loss after a trial; whether the quadruple is over.
 
-        speed: see `Point`. RuntimeError when no quadruple runs.
+        RuntimeError when no quadruple runs.
         """
         if not self.is_running:
             raise RuntimeError("no quadruple is under way")
@@ -131,21 +116,18 @@ class SelfImprover:
         self.num_quadruples += 1
         self._order = ()
         if math.isfinite(difference):
-            self._learn(difference, speed=speed)
+            self._learn(difference)
         return True
 
-    def _learn(self, difference: float, *, speed: float) -> None:
+    def _learn(self, difference: float) -> None:
         """Move theta and adapt sigma by one more difference."""
         self._adapt(difference)
         self._window = [*self._window, (difference / self.sigma, self._direction)][-WINDOW:]
-        self._visited = [*self._visited, (list(self.theta), speed)][-FRONTIER_INTERVAL:]
         mean, trust = vote(self._window)
         self.theta = [
             min(FURTHEST, max(-FURTHEST, place + GAIN * share * part))
             for place, share, part in zip(self.theta, trust, mean, strict=True)
         ]
-        if self.num_quadruples % FRONTIER_INTERVAL == 0:
-            self._recentre(mean, trust, speed=speed)
 
     def _adapt(self, difference: float) -> None:
         """Success is a difference in the direction in which those before it pointed."""
@@ -158,20 +140,6 @@ class SelfImprover:
         factor = own.gain_up if self.success > SUCCESS_RATE else own.gain_down
         self.sigma = min(own.sigma_max, max(own.sigma_min, self.sigma * factor))
 
-    def _recentre(self, mean: list[float], trust: list[float], *, speed: float) -> None:
-        """Go to the centre of the frontier, of those tried since the last time and the present."""
-        gradient = [share * part for share, part in zip(trust, mean, strict=True)]
-        tried = [*self._visited, (list(self.theta), speed)]
-        points = [
-            Point(
-                theta=tuple(theta),
-                quality=sum(a * b for a, b in zip(gradient, theta, strict=True)),
-                speed=pace,
-            )
-            for theta, pace in tried
-        ]
-        self.theta = list(choose_centre(points, alpha=self.settings.alpha).theta)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything, also of a quadruple under way."""
         return {
@@ -181,7 +149,6 @@ class SelfImprover:
             "num_quadruples": self.num_quadruples,
             "rewards": [self.reward_plus, self.reward_minus],
             "window": [[value, list(direction)] for value, direction in self._window],
-            "visited": [[list(theta), speed] for theta, speed in self._visited],
             "quadruple": [list(self._direction), list(self._order), list(self._losses)],
         }
 
@@ -194,7 +161,6 @@ class SelfImprover:
         self.num_quadruples = state["num_quadruples"]
         self.reward_plus, self.reward_minus = state["rewards"]
         self._window = [(value, list(direction)) for value, direction in state["window"]]
-        self._visited = [(list(theta), speed) for theta, speed in state["visited"]]
         direction, order, losses = state["quadruple"]
         self._direction, self._order, self._losses = list(direction), tuple(order), list(losses)
 
@@ -235,30 +201,3 @@ def belief(votes: Sequence[float]) -> float:
         return 0.0
     excess = (abs(sum(votes)) / error - DOUBTED) / (BELIEVED - DOUBTED)
     return LEAST_BELIEF + (1.0 - LEAST_BELIEF) * min(1.0, max(0.0, excess))
-
-
-def choose_centre(points: Sequence[Point], *, alpha: float) -> Point:
-    """Of the points that none beats in both quality and speed, the best weighted one.
-
-    Both are scaled to [0, 1] over those points; alpha weighs quality. The last of equals wins.
-    """
-    frontier = [
-        point
-        for point in points
-        if not any(
-            other.quality >= point.quality
-            and other.speed >= point.speed
-            and (other.quality > point.quality or other.speed > point.speed)
-            for other in points
-        )
-    ]
-
-    def scaled(values: list[float]) -> list[float]:
-        low, span = min(values), max(values) - min(values)
-        return [(value - low) / span if span else 0.0 for value in values]
-
-    quality = scaled([point.quality for point in frontier])
-    speed = scaled([point.speed for point in frontier])
-    totals = [alpha * q + (1.0 - alpha) * s for q, s in zip(quality, speed, strict=True)]
-    best = max(range(len(frontier)), key=lambda n: (totals[n], n))
-    return frontier[best]

@@ -15,10 +15,8 @@ from training.self_improver import (
     REACH,
     WINDOW,
     ImproverSettings,
-    Point,
     SelfImprover,
     belief,
-    choose_centre,
     signed_ranks,
     vote,
 )
@@ -168,16 +166,6 @@ def test_the_size_of_changes_adapts_within_its_bounds():
     quadruple(fixed, lambda n, sign: sign, generator=generator)
     quadruple(fixed, lambda n, sign: sign, generator=generator)
     assert fixed.sigma == 0.08
-
-
-def test_the_weight_of_quality_decides_between_points_of_the_frontier():
-    good = Point(theta=(1.0,), quality=2.0, speed=0.5)
-    fast = Point(theta=(-1.0,), quality=0.5, speed=0.9)
-    worse = Point(theta=(0.0,), quality=0.4, speed=0.8)
-    points = [good, worse, fast]
-    assert choose_centre(points, alpha=1.0) is good
-    assert choose_centre(points, alpha=0.0) is fast
-    assert choose_centre([worse], alpha=0.6) is worse
 
 
 @pytest.mark.parametrize("cut", [1, 17, 18, 19, 20, 63])
