@@ -27,7 +27,7 @@ class HydraConfig:
     )
     rollback_interval: int = flag(200, "Steps between gates; 0 = no gate.", minimum=0)
     rollback_threshold: float = flag(
-        0.01, "Fall of the pass rate below which nothing is undone.", minimum=0.0, maximum=1.0
+        0.01, "Fall of the pass rate up to which nothing is undone.", minimum=0.0, maximum=1.0
     )
     gate_tasks: int = flag(200, "Items of each domain's gate.", minimum=1, maximum=10**6)
     update_interval: int = flag(16, "Steps between updates, domain after domain.", minimum=1)
@@ -63,5 +63,7 @@ class MergeConfig:
         1.0, "Share of entries kept: the largest (ties), or by chance.", above=0.0, maximum=1.0
     )
     fold_into_backbone: bool = flag(
-        False, "Add a merge that no domain lost by to the model's weights."
+        False,
+        "Add a merge to the model's weights by which the domains gain in sum and none loses more "
+        "than --hydra-rollback-threshold.",
     )

@@ -268,9 +268,12 @@ class Hydra:
         return adapter, shares
 
     def _is_sound(self, looks: Mapping[str, Look]) -> bool:
-        """Whether no domain got worse beyond chance."""
-        alpha = self.settings.gate.alpha / len(looks)
-        return not any(look.drop > 0.0 and look.p_value <= alpha for look in looks.values())
+        """Whether the domains gained in sum and none lost beyond the threshold or beyond chance."""
+        own = self.settings.gate
+        alpha = own.alpha / len(looks)
+        drops = [look.drop for look in looks.values()]
+        is_lost = any(look.drop > 0.0 and look.p_value <= alpha for look in looks.values())
+        return sum(drops) < 0.0 and max(drops) <= own.threshold and not is_lost
 
     def _fold(self, adapter: Adapter, base: Mapping[str, list[bool]]) -> bool:
         """Add the merged products to the weights and begin the adapters anew; whether that stands.

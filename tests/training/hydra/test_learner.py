@@ -15,7 +15,7 @@ from tests.training.hydra.test_sources import task_source, text_source
 from tests.training.rl.small_learner import TOKENIZER, AllPass, AsciiFirst, OddBytes, small_model
 from training.hydra.domain import DROPPED_PAIRS, AdapterSettings
 from training.hydra.dpo import as_rollout
-from training.hydra.gate import Decision
+from training.hydra.gate import Decision, compare
 from training.hydra.learner import Hydra, HydraSettings
 from training.hydra.pairs import Candidates, make_pairs
 from training.hydra.sources import Item
@@ -209,6 +209,26 @@ def test_a_merge_is_one_adapter_of_the_same_rank_with_weights_by_gain():
     assert 0.0 < record["sign_conflict_fraction"] < 1.0
     assert 0.0 < record["norm_kept_by_rank"] <= 1.0
     assert record["folded"] is False
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "is_sound"),
+    [
+        ({"math": 12}, {"text": 2}, True),
+        ({}, {}, False),  # nothing is shown
+        ({"math": 4}, {"math": 12}, False),  # p = 0.077: not beyond chance, and lost all the same
+        ({"math": 12}, {"text": 3}, False),  # 0.015, over the threshold of 0.01
+    ],
+)
+def test_a_fold_needs_a_gain_and_no_domain_that_lost(gained, lost, is_sound):
+    def look(name):
+        base = [True] * 100 + [False] * 100
+        now = list(base)
+        now[: lost.get(name, 0)] = [False] * lost.get(name, 0)
+        now[100 : 100 + gained.get(name, 0)] = [True] * gained.get(name, 0)
+        return compare(now, base)
+
+    assert make_hydra()._is_sound({name: look(name) for name in ("math", "text")}) is is_sound
 
 
 def test_a_fold_that_costs_a_domain_is_taken_back_to_the_bit(monkeypatch):
