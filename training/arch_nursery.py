@@ -10,6 +10,7 @@ The learning rate is that of the plateau: how long a lineage will train is not k
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -141,6 +142,10 @@ class ModelNursery:
         apply_instant(model)
         optimizer = self._optimizer(model)
         optimizer.load_state_dict(specimen.optimizer)
+        # Dropout draws from torch's shared stream: from here on it is this trial's own.
+        torch.manual_seed(
+            random.Random(f"{settings.seed} {number} {specimen.steps}").getrandbits(62)
+        )
         average = self._average(specimen)
         self._stream.load_state_dict(specimen.stream)
         for _ in range(steps):

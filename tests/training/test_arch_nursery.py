@@ -19,7 +19,7 @@ from training.config.sections import OptimConfig
 from training.data import TokenStream, tokenize_corpus
 from training.modes import arch_search
 from training.probe import Probe, hold_out, probe_batches
-from training.runtime.checkpoint import CheckpointError
+from training.runtime.checkpoint import CheckpointError, IncompatibleCheckpoint
 from training.runtime.locks import RunLock
 from training.runtime.state_tree import join_state, split_state
 
@@ -103,6 +103,36 @@ def test_trials_go_on_from_a_saved_state_to_the_bit():
         nursery.weights(0)
 
 
+def test_dropout_depends_on_the_trial_and_not_on_what_was_drawn_before_it():
+    losses = []
+    for num_drawn in (0, 7):
+        nursery = make_nursery(dropout=0.5)
+        nursery.found(0, GENOME)
+        nursery.train(0, flops=steps_of(nursery, 2))
+        torch.rand(num_drawn)
+        losses.append(nursery.train(0, flops=steps_of(nursery, 2))[0])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "change", ["--grad-clip=0.5", "--ema-decay=0.9", "--no-amp", "--weight-decay=0.3"]
+)
+def test_a_search_goes_on_with_its_own_settings_alone(tmp_path, change):
+    flags = [*TINY, f"--checkpoint-dir={tmp_path}"]
+    nursery = make_nursery()
+    arch_search.save(arch_search.open_store(parse_args(flags), nursery), _NoSearch(), nursery)
+    assert arch_search.open_store(parse_args(flags), nursery).load_newest() is not None
+    with pytest.raises(IncompatibleCheckpoint, match=change.partition("=")[0]):
+        arch_search.open_store(parse_args([*flags, change]), nursery).load_newest()
+
+
+class _NoSearch:
+    trials = 0
+
+    def state_dict(self):
+        return {}
+
+
 def test_packed_bytes_are_those_of_the_weights():
     nursery = make_nursery()
     model = SigmaLLM(GENOME.network(nursery.base))
@@ -157,7 +187,12 @@ def search_in(directory, monkeypatch, *, stop_after: int | None = None) -> dict:
 
 
 def test_the_command_searches_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    settings = tmp_path / "whole" / "out" / "config.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("of a finished run", encoding="utf-8")
     whole = search_in(tmp_path / "whole", monkeypatch)
+    assert settings.read_text(encoding="utf-8") == "of a finished run"
+    assert (settings.parent / arch_search.FOLDER / "config.json").exists()
     for stop_after in (2, 6):
         with pytest.raises(Stopped):
             search_in(tmp_path / "parts", monkeypatch, stop_after=stop_after)

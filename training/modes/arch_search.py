@@ -2,15 +2,16 @@
 
 `--steps` is the budget: what so many steps of the three-block network with the flags' widths take.
 Everything is saved after every rung, so a stopped search goes on where it was. Writes into
-`<output-dir>/fractal_search`: `report.json`, `metrics.jsonl` (a row per generation) and, under
-`best/`, the network found with its settings, and `args.txt`, which trains such a network anew.
+`<output-dir>/fractal_search`: the resolved settings, `report.json`, `metrics.jsonl` (a row per
+generation) and, under `best/`, the network found with its settings, and `args.txt`, which trains
+such a network anew.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from training.config.cli import to_args, write_resolved
 from training.config.presets import without_secrets
 from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, TokenStream
-from training.optimizer import state_settings
 from training.probe import Probe, hold_out, probe_batches
 from training.runtime.atomic_io import FileOps, make_dirs, replace_file
 from training.runtime.checkpoint import CheckpointStore
@@ -70,7 +70,7 @@ def run(config: SigmaConfig) -> int:
     ):
         if not config.run.no_resume:
             restore(store, search, nursery)
-        write_resolved(config, output_dir)
+        write_resolved(config, output_dir / FOLDER)  # those of a run there stay its own
         while not search.finished and not stop.requested:
             advance(search, nursery, store, output_dir=output_dir)
         if search.finished:
@@ -163,10 +163,10 @@ def open_store(config: SigmaConfig, nursery: ModelNursery) -> CheckpointStore:
         "probe-batch-size": probe.batch_size,
         "probe-batches": probe.batches,
         "ema-enabled": config.ema.enabled,
-        "lr": config.optim.lr,
-        "adam-lr": config.optim.adam_lr,
-        "warmup-steps": config.optim.warmup_steps,
-        **state_settings(config.optim),
+        "ema-decay": config.ema.decay,
+        "precision": config.precision.precision,
+        "no-amp": config.precision.no_amp,
+        **asdict(config.optim),
         **nursery.base.to_dict(),
     }
     return CheckpointStore(
