@@ -32,7 +32,7 @@ FURTHEST = 2.0  # of a knob's theta: 96 % of its reach, from where it can come b
 WINDOW = 32  # quadruples whose differences are ranked together
 DOUBTED, BELIEVED = 3.0, 3.3  # standard errors of the mean vote: from nothing to all of it
 LEAST_BELIEF = 0.01
-SUCCESS_RATE = 0.2  # above it changes may grow: the 1/5 rule (Rechenberg 1973)
+SUCCESS_RATE = 0.7  # above it changes may grow; a coin agrees in half of all cases
 ORDERS = ((1, -1, -1, 1), (-1, 1, 1, -1))
 REACH = {"lr": 0.15, "ttrl_interval": 0.35, "ttrl_budget": 0.5, "replay_bias": 0.4}
 
@@ -41,7 +41,7 @@ REACH = {"lr": 0.15, "ttrl_interval": 0.35, "ttrl_budget": 0.5, "replay_bias": 0
 class ImproverSettings:
     """Size of the perturbations and its adaptation."""
 
-    sigma: float = 0.08
+    sigma: float = 0.30
     sigma_min: float = 0.02
     sigma_max: float = 0.30
     is_adaptive: bool = True
@@ -65,7 +65,7 @@ class SelfImprover:
         self.knobs = tuple(knobs)
         self.theta = [0.0] * len(self.knobs)
         self.sigma = settings.sigma
-        self.success = 0.5
+        self.success = SUCCESS_RATE
         self.num_quadruples = 0
         self.reward_plus = self.reward_minus = 0.0
         self._window: list[tuple[float, list[float]]] = []  # difference / 2 s, direction

@@ -154,18 +154,35 @@ def test_a_wild_or_undefined_score_does_no_harm():
 def test_the_size_of_changes_adapts_within_its_bounds():
     for praise, edge in ((1.0, 0.30), (-1.0, 0.02)):
         generator = torch.Generator().manual_seed(3)
-        search = SelfImprover(ImproverSettings(), knobs=("lr",))
+        search = SelfImprover(ImproverSettings(sigma=0.08), knobs=("lr",))
         for number in range(90):
             # With -1 what helped last time harms now.
             flip = praise if number % 2 else 1.0
             quadruple(search, lambda n, sign, flip=flip: flip * sign, generator=generator)
             assert 0.02 <= search.sigma <= 0.30
-        if praise > 0.0:
-            assert search.sigma == edge
-    fixed = SelfImprover(ImproverSettings(is_adaptive=False), knobs=("lr",))
+        assert search.sigma == edge
+    fixed = SelfImprover(ImproverSettings(sigma=0.08, is_adaptive=False), knobs=("lr",))
     quadruple(fixed, lambda n, sign: sign, generator=generator)
     quadruple(fixed, lambda n, sign: sign, generator=generator)
     assert fixed.sigma == 0.08
+
+
+def test_noise_lets_changes_shrink_and_a_signal_far_away_lets_them_grow():
+    peaks, ends = [], []
+    for seed in range(24):
+        generator, noise = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+        search, sizes = SelfImprover(ImproverSettings(sigma=0.08), knobs=("lr",)), []
+        for _ in range(100):
+            quadruple(search, lambda n, sign, rng=noise: rng.normal(), generator=generator)
+            sizes.append(search.sigma)
+        peaks.append(max(sizes))
+        ends.append(search.sigma)
+    assert np.mean(np.array(peaks) < 0.1) >= 0.9  # it hardly ever grows at all
+    assert np.median(ends) == 0.02 and max(ends) < 0.08
+    for wrong in (1 / 3, 3.0):
+        rate = wrong * best_rate(1024)
+        found, _ = improve(rate, seed=0, batch=1024, quadruples=30, sigma=0.08)
+        assert found.sigma > 0.2
 
 
 @pytest.mark.parametrize("cut", [1, 17, 18, 19, 20, 63])

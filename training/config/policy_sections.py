@@ -43,11 +43,15 @@ class SelfImproverConfig:
         False, "Search for a better learning rate by small changes, tried both ways on the probe."
     )
     interval: int = flag(2, "Steps per trial; four make a comparison.", minimum=1, maximum=10**6)
-    mutation_sigma: float = flag(0.08, "Size of a change at first.", above=0.0, maximum=1.0)
-    adaptive_sigma_enabled: bool = flag(True, "Adapt the size to how often a change helps.")
-    sigma_ema_beta: float = flag(0.90, "Decay of the success rate.", minimum=0.0, below=1.0)
-    sigma_gain_up: float = flag(1.06, "Factor on the size with success.", minimum=1.0, maximum=10.0)
-    sigma_gain_down: float = flag(0.94, "Factor on it without.", above=0.0, maximum=1.0)
+    mutation_sigma: float = flag(0.30, "Size of a change at first.", above=0.0, maximum=1.0)
+    adaptive_sigma_enabled: bool = flag(
+        True, "Adapt the size to how often a comparison agrees with those before it."
+    )
+    sigma_ema_beta: float = flag(0.90, "Decay of that rate.", minimum=0.0, below=1.0)
+    sigma_gain_up: float = flag(
+        1.06, "Factor on the size while more than 0.7 agree.", minimum=1.0, maximum=10.0
+    )
+    sigma_gain_down: float = flag(0.94, "Factor on it otherwise.", above=0.0, maximum=1.0)
     sigma_min: float = flag(0.02, "Lower bound of the size.", above=0.0, maximum=1.0)
     sigma_max: float = flag(0.30, "Upper bound of the size.", above=0.0, maximum=1.0)
     shuffled: bool = flag(False, "Placebo: hand the scores to the trials at random.")

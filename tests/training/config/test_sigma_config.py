@@ -36,6 +36,10 @@ DEVIATIONS = {
     ("--self-evolve-interval", "exe"): ("0", "no probe text in the hybrid stream"),
     ("--self-improver-enabled", "default"): ("off", "off until a gain is measured"),
     ("--self-improver-enabled", "exe"): ("off", "no probe text in the hybrid stream"),
+    **{
+        ("--self-improver-mutation-sigma", column): ("0.3", "a smaller one hides in the noise")
+        for column in ("default", "exe")
+    },
     ("--torch-compile", "default"): ("off", "compiling takes minutes and no gain is measured"),
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
     ("--residual-layout", "default"): ("two-stream", "FLAGS.md leaves it to measurement"),
