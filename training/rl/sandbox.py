@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import queue
+import socket
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,19 +32,34 @@ from training.rl.sandbox_job import (
 KINDS = {"linux": ("bubblewrap", "landlock"), "win32": ("appcontainer",)}
 ATTEMPTS = 3
 PROBE_LIMIT_S = 20.0
-MEND = (
-    "install bubblewrap and allow user namespaces, or use a kernel with Landlock (5.13 or newer), "
-    "or leave code tasks out"
-)
-# Says what it could do that no program may: read a file of ours, start a process, open a socket.
+LEAVE_OUT = "leave code tasks out"
+MENDS = {
+    "linux": "install bubblewrap and allow user namespaces, or use a kernel with Landlock (5.13 or "
+    "newer), or ",
+    "win32": "start from source, with Python installed for you or for all users and the service of "
+    "the Windows firewall running, or ",
+}
+# Says what it could do that no program may: read a file of ours, start a process, use the network.
+# Windows hands out sockets to everybody and refuses the connection, here to a port of the parent.
 PROBE = """
-def escapes(path):
-    import os, socket
+def escapes(path, port):
+    import os, socket, sys
+    def process():
+        if sys.platform == "win32":
+            import subprocess
+            subprocess.Popen([sys.executable, "-c", ""])
+        else:
+            os.fork() or os._exit(0)
+    def network():
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as opened:
+            if sys.platform == "win32":
+                opened.settimeout(2)
+                opened.connect(("127.0.0.1", port))
     found = []
     for name, act in (
         ("file", lambda: open(path).read(1)),
-        ("process", lambda: os.fork() or os._exit(0)),
-        ("socket", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM)),
+        ("process", process),
+        ("network", network),
         ("write", lambda: open(path + ".probe", "x")),
     ):
         try:
@@ -159,7 +175,8 @@ def open_sandbox(
             if sandbox is not None:
                 sandbox.close()
     why = "; ".join(reasons) or f"{sys.platform} has none that SIGMA knows"
-    raise SandboxUnavailable(f"the code reward refuses to start without a sandbox ({why}): {MEND}")
+    mend = MENDS.get(sys.platform, "") + LEAVE_OUT
+    raise SandboxUnavailable(f"the code reward refuses to start without a sandbox ({why}): {mend}")
 
 
 def _isolation(kind: str, limits: SandboxLimits) -> Isolation:
@@ -176,7 +193,10 @@ def _isolation(kind: str, limits: SandboxLimits) -> Isolation:
 
 def _probe(sandbox: Sandbox) -> None:
     """SandboxUnavailable unless a program runs in here and can do nothing it must not."""
-    job = Job(program=PROBE, function="escapes", cases=((str(Path(__file__).resolve()),),))
-    reply = sandbox.run(job, limit_s=PROBE_LIMIT_S)
+    path = str(Path(__file__).resolve())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        case = (path, listener.getsockname()[1])
+        job = Job(program=PROBE, function="escapes", cases=(case,))
+        reply = sandbox.run(job, limit_s=PROBE_LIMIT_S)
     if reply.lines() != [b'{"value": []}']:
         raise SandboxUnavailable(f"its probe said {reply.data[:200]!r} ({reply.outcome})")

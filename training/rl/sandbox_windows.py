@@ -32,7 +32,6 @@ from training.rl.sandbox_job import (
 from training.rl.sandbox_zygote import REPLY_LIMIT_BYTES
 
 CHILD = Path(__file__).resolve().parent / "sandbox_child.py"
-FROZEN_CHILD = "sigma_sandbox_child.exe"  # built from the same file; never the main program again
 CONTAINER = "SIGMA.Sandbox"
 GRACE_S = 10.0
 _CHUNK = 2**16
@@ -57,7 +56,7 @@ class WindowsApi(Protocol):
     """The few things that are asked of Windows; every method raises OSError when it fails."""
 
     def prepare_container(self, name: str, readable: list[str]) -> bytes:
-        """The container's security identifier, after granting it reading of these folders."""
+        """The container's security identifier; reading of these is granted where we may."""
         ...
 
     def start(
@@ -72,24 +71,22 @@ class WindowsApi(Protocol):
 
 
 def child_command() -> list[str]:
-    """How the child is started: in a frozen program by an executable of its own beside it."""
+    """How the child is started; SandboxUnavailable in a frozen program.
+
+    That has no interpreter but itself, and its folder, which the child would have to read, holds
+    the user's runs as well.
+    """
     if getattr(sys, "frozen", False):
-        child = Path(sys.executable).with_name(FROZEN_CHILD)
-        if not child.is_file():
-            raise SandboxUnavailable(
-                f"{FROZEN_CHILD} is missing beside {Path(sys.executable).name}"
-            )
-        return [str(child)]
+        raise SandboxUnavailable(
+            f"{Path(sys.executable).name} has no code tasks: it has no Python to run programs with"
+        )
     python = getattr(sys, "_base_executable", None) or sys.executable
     return [python, "-I", "-S", "-B", "-X", "utf8", str(CHILD)]
 
 
 def readable_folders(command: list[str]) -> list[str]:
-    """What the child must be able to read: its program and, unless frozen, Python's folder."""
-    folders = {str(Path(command[0]).parent)}
-    if len(command) > 1:
-        folders |= {sys.base_prefix, str(CHILD)}
-    return sorted(folders)
+    """What the child must be able to read: Python's folder and its own program."""
+    return sorted({str(Path(command[0]).parent), sys.base_prefix, str(CHILD)})
 
 
 class WindowsWorker:
@@ -127,9 +124,13 @@ class WindowsWorker:
 
 
 def _environment() -> dict[str, str]:
-    """What a Windows program cannot start without."""
+    """What a Windows program cannot start without.
+
+    CreateProcess asks for LOCALAPPDATA in every container (error 203); the user's is not told.
+    """
     names = ("SYSTEMROOT", "WINDIR")
-    return {name: os.environ[name] for name in names if name in os.environ}
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    return kept | {"LOCALAPPDATA": kept.get("SYSTEMROOT", "C:\\")}
 
 
 def _exchange(child: WindowsChild, payload: bytes, *, deadline: float) -> tuple[str, bytes]:

@@ -7,6 +7,7 @@ Structures after `winnt.h`, `winbase.h` and `processthreadsapi.h`; sizes are tes
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO
 
 if sys.platform == "win32":
     import msvcrt
+
+_LOG = logging.getLogger(__name__)
 
 EXTENDED_LIMITS, UI_RESTRICTIONS = 9, 4  # JOBOBJECTINFOCLASS
 ALL_UI_RESTRICTIONS = 0xFF
@@ -139,6 +142,26 @@ def environment_block(environment: dict[str, str]) -> str:
     """CreateProcess' form of an environment: sorted, each ended by a zero, one more at the end."""
     entries = sorted(environment.items(), key=lambda entry: entry[0].upper())
     return "".join(f"{name}={value}\0" for name, value in entries) + "\0"
+
+
+def grant_reading(path: str, identifier: str) -> None:
+    """Let a container read a file, or a folder with all in it; logged where it cannot be granted.
+
+    That need not be the end: `Program Files`, where a Python for all users lies, is not ours to
+    change and open to all containers as it is. Whether the child can read is tried afterwards.
+    """
+    rights = "(OI)(CI)(RX)" if os.path.isdir(path) else "(RX)"
+    icacls = os.path.join(os.environ["SYSTEMROOT"], "System32", "icacls.exe")
+    command = [icacls, path, "/grant", f"*{identifier}:{rights}", "/Q"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    else:
+        if run.returncode == 0:
+            return
+        reason = run.stderr.strip()
+    _LOG.warning("reading of %s could not be granted to the sandbox: %s", path, reason)
 
 
 if sys.platform == "win32":
@@ -278,13 +301,8 @@ if sys.platform == "win32":
                 _kernel32.LocalFree(text)
             finally:
                 _advapi32.FreeSid(sid)
-            icacls = os.path.join(os.environ["SYSTEMROOT"], "System32", "icacls.exe")
             for path in readable:
-                rights = "(OI)(CI)(RX)" if os.path.isdir(path) else "(RX)"
-                command = [icacls, path, "/grant", f"*{identifier}:{rights}", "/Q"]
-                run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-                if run.returncode != 0:
-                    raise OSError(f"reading of {path} cannot be granted: {run.stderr.strip()}")
+                grant_reading(path, identifier or "")
             return data
 
         def start(

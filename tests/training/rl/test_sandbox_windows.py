@@ -2,21 +2,20 @@
 
 import ctypes
 import io
+import json
 import os
+import socket
+import subprocess
 import sys
 import threading
 
 import pytest
 
-from training.rl import windows_api
-from training.rl.sandbox import Sandbox
+from training.rl import sandbox_windows, windows_api
+from training.rl.sandbox import PROBE, Sandbox, open_sandbox
+from training.rl.sandbox_child import encode, run_program
 from training.rl.sandbox_job import Job, SandboxFailure, SandboxLimits, SandboxUnavailable
-from training.rl.sandbox_windows import (
-    FROZEN_CHILD,
-    WindowsIsolation,
-    child_command,
-    readable_folders,
-)
+from training.rl.sandbox_windows import WindowsIsolation, child_command
 
 LOCKED = b'{"locked": []}\n'
 
@@ -86,7 +85,7 @@ def test_a_child_is_contained_before_it_runs_and_ended_before_it_is_believed(mon
     settings = api.started[0][1]
     assert settings["container"] == b"sid" and settings["cpu_s"] == 21
     assert settings["memory_bytes"] == SandboxLimits().memory_bytes
-    assert settings["environment"].keys() <= {"SYSTEMROOT", "WINDIR"}
+    assert settings["environment"].keys() <= {"SYSTEMROOT", "WINDIR", "LOCALAPPDATA"}
 
 
 def test_an_endless_child_is_ended_at_the_limit():
@@ -126,14 +125,104 @@ def test_a_child_that_cannot_be_started_is_tried_again_and_then_a_failure():
     assert api.calls.count("start") == 3
 
 
-def test_a_frozen_program_needs_its_separate_child(monkeypatch, tmp_path):
+def test_a_frozen_program_says_that_it_has_no_code_tasks(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "eco_train.exe"))
-    with pytest.raises(SandboxUnavailable, match=FROZEN_CHILD):
+    with pytest.raises(SandboxUnavailable, match=r"eco_train\.exe has no code tasks"):
         child_command()
-    (tmp_path / FROZEN_CHILD).touch()
-    assert child_command() == [str(tmp_path / FROZEN_CHILD)]
-    assert readable_folders(child_command()) == [str(tmp_path)]
+
+
+def refusal(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+class ClosedSocket(socket.socket):
+    """What a container without capabilities gets: a socket that connects to nothing."""
+
+    connect = refusal
+
+
+@pytest.fixture
+def probe(monkeypatch, tmp_path):
+    """The probe as the child would run it on Windows; called with the holes that are left open."""
+    ours = tmp_path / "ours.py"
+    ours.write_text("x")
+
+    def run_probe(*holes):
+        monkeypatch.setattr(sys, "platform", "win32")
+        monkeypatch.delattr(os, "fork", raising=False)
+        started = (lambda *_: None) if "process" in holes else refusal
+        monkeypatch.setattr(subprocess, "Popen", started)
+        if "network" not in holes:
+            monkeypatch.setattr(socket, "socket", ClosedSocket)
+        path = ours if "file" in holes else tmp_path / "missing" / "ours.py"
+        with listener:
+            port = listener.getsockname()[1]
+            reading, writing = os.pipe()
+            job = {"program": PROBE, "function": "escapes", "cases": [encode([str(path), port])]}
+            run_program(job, writing)
+            os.close(writing)
+            with os.fdopen(reading, "rb") as pipe:
+                return json.loads(pipe.read())
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    return run_probe
+
+
+def test_the_probe_asks_for_what_a_container_refuses(probe):
+    """No fork, and a socket that was merely made is no way out."""
+    assert probe() == {"value": []}
+
+
+@pytest.mark.parametrize(
+    ("hole", "found"),
+    [("process", ["process"]), ("network", ["network"]), ("file", ["file", "write"])],
+)
+def test_the_probe_finds_a_hole_in_a_container(probe, hole, found):
+    assert probe(hole) == {"value": found}
+
+
+def test_a_container_that_refuses_all_is_opened_and_another_is_refused(monkeypatch):
+    api = FakeWindows(answer=LOCKED + b'{"value": []}\n')
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(sandbox_windows, "_system", lambda: api)
+    with open_sandbox() as sandbox:
+        assert sandbox.kind == "appcontainer"
+    api.child["answer"] = LOCKED + b'{"value": ["network"]}\n'
+    with pytest.raises(SandboxUnavailable) as refused:
+        open_sandbox()
+    text = str(refused.value)
+    assert "network" in text and "Python" in text and "bubblewrap" not in text
+
+
+def test_the_child_gets_what_a_container_is_made_of_and_nothing_of_the_user(monkeypatch):
+    monkeypatch.setenv("SYSTEMROOT", "C:\\Windows")
+    monkeypatch.setenv("LOCALAPPDATA", "C:\\somebody")
+    api = FakeWindows(answer=LOCKED)
+    run(api)
+    assert api.started[0][1]["environment"]["LOCALAPPDATA"] == "C:\\Windows"
+
+
+@pytest.mark.parametrize("failure", ["denied", "missing", "late"])
+def test_a_folder_that_is_not_ours_to_open_is_left_to_the_probe(
+    monkeypatch, tmp_path, caplog, failure
+):
+    """A Python in Program Files is readable in every container and only admins may change it."""
+    commands = []
+
+    def icacls(command, **options):
+        commands.append(command)
+        if failure == "missing":
+            raise FileNotFoundError(2, "no icacls")
+        if failure == "late":
+            raise subprocess.TimeoutExpired(command, 600)
+        return subprocess.CompletedProcess(command, 5, "", "Access is denied.")
+
+    monkeypatch.setenv("SYSTEMROOT", "C:\\Windows")
+    monkeypatch.setattr(subprocess, "run", icacls)
+    windows_api.grant_reading(str(tmp_path), "S-1-15-2-1")
+    assert commands[0][1:4] == [str(tmp_path), "/grant", "*S-1-15-2-1:(OI)(CI)(RX)"]
+    assert str(tmp_path) in caplog.text
 
 
 @pytest.mark.skipif(ctypes.sizeof(ctypes.c_void_p) != 8, reason="sizes of 64-bit Windows")
