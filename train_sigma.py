@@ -29,15 +29,35 @@ def main(arguments: list[str]) -> int:
     try:
         given = arguments or default_arguments(program_directory())
         return begin(given, parse_args(given)) if given else 0
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+    except Exception as error:
+        message = refusal(error)
+        if message is None:
             raise
-        return refuse(f"{error.name} is not installed: start with python scripts/launch.py train")
-    except (ValueError, RuntimeError, OSError) as error:
-        return refuse(str(error))
+        return refuse(message)
     except KeyboardInterrupt:
         print("interrupted before the run began", file=sys.stderr)
         return 130
+
+
+def refusal(error: Exception) -> str | None:
+    """What a person is told whose mistake, or whose machine's lack, an error is; None: a failure.
+
+    Both are raised as ValueError, RuntimeError, OSError or a class of their own. What torch raises
+    as a class of its own (short memory, a driver) and what only a bug raises is neither.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            return None
+        return f"{error.name} is not installed: start with python scripts/launch.py train"
+    failures = NotImplementedError | RecursionError
+    if isinstance(error, failures) or type(error).__module__.partition(".")[0] == "torch":
+        return None
+    if "torch" in sys.modules:
+        from training.micro_batch import is_out_of_memory
+
+        if is_out_of_memory(error):  # the CPU's allocator has no class of its own
+            return None
+    return str(error) if isinstance(error, ValueError | RuntimeError | OSError) else None
 
 
 def begin(arguments: list[str], config: SigmaConfig) -> int:
@@ -46,7 +66,9 @@ def begin(arguments: list[str], config: SigmaConfig) -> int:
         die_with_parent()
     elif config.run.mode == "train" and config.run.supervised:
         return supervise(program_command(), arguments, config)
-    return dispatch(config)
+    with ReportedFailure(config) as failure:
+        return dispatch(config)
+    return failure.exit_code
 
 
 def program_command() -> list[str]:
@@ -65,9 +87,7 @@ def dispatch(config: SigmaConfig) -> int:
         case "train" if config.fractal.arch_search:
             from training.modes import arch_search
 
-            with ReportedFailure() as failure:
-                return arch_search.run(config)
-            return failure.exit_code
+            return arch_search.run(config)
         case "train":
             return train(config)
         case "plan":
@@ -118,20 +138,22 @@ def train(config: SigmaConfig) -> int:
     check_directories(config)
 
     trainer = build_trainer(config)
-    with ReportedFailure() as failure, KeepAwake():
+    with KeepAwake():
         trainer.fit()
-    return failure.exit_code
+    return 0
 
 
 class ReportedFailure(AbstractContextManager["ReportedFailure"]):
-    """Ends a failure that `fit` has handled, marked by `error.crash_report`, with exit code 1.
+    """Ends a failure of a run with exit code 1, and one line that names its crash report.
 
-    One line names the report; where none could or should be written (None) the traceback is all
-    there is, so it is shown. Failures without the mark come from before the run and pass through.
+    The run has written it and marked the error, `error.crash_report`; that of a failure before the
+    run is written here. Where none could or should be (None) the traceback is all there is, so it
+    is shown. Refusals and what fails in other modes than training pass through.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: SigmaConfig) -> None:
         self.exit_code = 0
+        self._config = config
 
     def __exit__(
         self,
@@ -140,14 +162,35 @@ class ReportedFailure(AbstractContextManager["ReportedFailure"]):
         trace: TracebackType | None,
     ) -> bool:
         report = getattr(error, "crash_report", UNMARKED)
-        if kind is None or report is UNMARKED:
+        if not isinstance(error, Exception):
             return False
+        if report is UNMARKED:
+            if self._config.run.mode != "train" or refusal(error) is not None:
+                return False
+            report = report_crash(self._config, error)
         if report is None:
             traceback.print_exception(error)
         where = "no crash report was written" if report is None else f"details in {report}"
-        print(one_line(f"failed: {kind.__name__}: {error}; {where}"), file=sys.stderr)
+        print(one_line(f"failed: {type(error).__name__}: {error}; {where}"), file=sys.stderr)
         self.exit_code = 1
         return True
+
+
+def report_crash(config: SigmaConfig, error: Exception) -> Path | None:
+    """The crash report of what failed before the first step."""
+    from training.runtime.crash_report import write_crash_report
+    from training.runtime.environment import config_hash
+
+    if not config.run.crash_report_enabled:
+        return None
+    return write_crash_report(
+        Path(config.run.output_dir),
+        step=0,
+        error=error,
+        last_metrics={},
+        feature_state={},
+        config_hash=config_hash(config),
+    )
 
 
 def default_arguments(directory: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_sigma
 from training.config.sigma_config import ConfigError
@@ -96,7 +98,7 @@ class FakeTrainer:
             raise self.error
 
 
-def train_with(monkeypatch, tmp_path, *, fit_error=None, build_error=None) -> int:
+def train_with(monkeypatch, tmp_path, *more, fit_error=None, build_error=None) -> int:
     """Run main up to a trainer that ends as told."""
 
     def build_trainer(config):
@@ -110,7 +112,8 @@ def train_with(monkeypatch, tmp_path, *, fit_error=None, build_error=None) -> in
     monkeypatch.chdir(tmp_path)
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(name, "kept")
-    return train_sigma.main([*TINY, "--output-dir", "run", "--checkpoint-dir", "run/checkpoints"])
+    places = ["--output-dir", "run", "--checkpoint-dir", "run/checkpoints"]
+    return train_sigma.main([*TINY, *places, *more])
 
 
 def test_a_finished_run_is_0(monkeypatch, tmp_path, capsys):
@@ -148,12 +151,45 @@ def test_a_refusal_before_the_run_is_exit_code_2(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "error: --x is wrong\n"
 
 
-def test_an_unreported_bug_keeps_its_traceback(monkeypatch, tmp_path):
-    with pytest.raises(TypeError):
-        train_with(monkeypatch, tmp_path, build_error=TypeError("a bug"))
-    own_module = ModuleNotFoundError("no", name="training.features.gone")
-    with pytest.raises(ModuleNotFoundError):
-        train_with(monkeypatch, tmp_path, build_error=own_module)
+FAILURES = [
+    TypeError("a bug"),
+    ModuleNotFoundError("no", name="training.features.gone"),
+    NotImplementedError("no kernel"),
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    torch.AcceleratorError("CUDA error: the launch failed"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_failure_before_the_run_is_no_refusal(monkeypatch, tmp_path, capsys, error):
+    assert train_with(monkeypatch, tmp_path, build_error=error) == 1
+    shown = capsys.readouterr().err
+    [path] = (tmp_path / "run" / "errors").glob("crash_step_00000000_*.json")
+    assert shown.startswith(f"failed: {type(error).__name__}: ") and shown.count("\n") == 1
+    assert shown.endswith(f"details in {path.relative_to(tmp_path)}\n")
+    report = json.loads(path.read_text(encoding="utf-8"))["error"]
+    assert type(error).__name__ in report["type"] and "raise build_error" in report["traceback"][-2]
+
+
+def test_a_failure_without_a_report_keeps_its_traceback(monkeypatch, tmp_path, capsys):
+    off, error = "--no-crash-report-enabled", TypeError("a bug")
+    assert train_with(monkeypatch, tmp_path, off, build_error=error) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "raise build_error" in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_failure_of_another_mode_keeps_its_traceback(monkeypatch, tmp_path, error):
+    def run(config):
+        raise error
+
+    monkeypatch.setattr("training.modes.report.run", run)
+    with pytest.raises(type(error)):
+        train_sigma.main(["--mode", "report", "--output-dir", str(tmp_path / "run")])
+    assert listing(tmp_path) == []
 
 
 def test_an_interrupt_before_the_run_is_130(monkeypatch, tmp_path):
