@@ -14,6 +14,7 @@ from tests.integration.runs import (
     tiny_flags,
     train,
 )
+from tests.training.runtime.faults import example, open_store, save_steps
 from training.features import FEATURES
 
 STEPS = 64
@@ -87,3 +88,17 @@ def test_no_resume_starts_again(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, directory)
     train(tiny_flags(directory, *EVERY_STEP, "--no-resume", "--steps", "2"))
     assert [row["step"] for row in metrics_rows(directory)] == [0, 1, 2]
+
+
+def test_a_run_that_starts_anew_never_goes_back_into_the_one_before(ram_path: Path) -> None:
+    save_steps(ram_path, 800, 900, keep=2)
+    store = open_store(ram_path, keep=2)
+    store.start_anew()
+    assert store.load_newest() is None
+    for step in (1, 900):  # the old 800 and 900 make room
+        store.save(step, *example(step), block=True)
+    found = store.load_newest(before_step=900)
+    assert found is not None and found.step == 1
+    found = store.load_newest()
+    assert found is not None and found.step == 900 and found.parent == 1
+    store.close()

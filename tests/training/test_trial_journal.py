@@ -33,7 +33,7 @@ class Life:
 
     def begin(self):
         self.trials.search.open_candidate(Overlay(lr_factor=2.0), random.Random(0))
-        self.trials._cycle = self.trials._register(4, 4)
+        assert self.trials._register(4, 4)
 
     def conclude(self):
         self.trials._give_up(8, "dropped", "its arm diverged")

@@ -162,20 +162,6 @@ def test_newest_is_by_order_of_saving_and_not_by_step(ram_path: Path) -> None:
     store.close()
 
 
-def test_a_run_that_starts_anew_never_goes_back_into_the_one_before(ram_path: Path) -> None:
-    save_steps(ram_path, 800, 900, keep=2)
-    store = open_store(ram_path, keep=2)
-    store.start_anew()
-    assert store.load_newest() is None
-    for step in (1, 900):  # the old 800 and 900 make room
-        store.save(step, *example(step), block=True)
-    found = store.load_newest(before_step=900)
-    assert found is not None and found.step == 1
-    found = store.load_newest()
-    assert found is not None and found.step == 900 and found.parent == 1
-    store.close()
-
-
 def test_a_second_save_of_a_step_does_not_touch_the_first(ram_path: Path) -> None:
     save_steps(ram_path, 5)
     first = (ram_path / "checkpoint_step_00000005" / "MANIFEST.json").read_bytes()
