@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ COLUMNS = (
     "hidden_eval_greedy_pass",
 )
 TIME_LIMIT_S = 1800.0
+MARK = "SIGMA_ENDS_WITH_STDIN"
+STD_INPUT_HANDLE = -10  # of <processenv.h>
 Result = dict[str, Any]
 
 
@@ -162,16 +165,25 @@ class _Child:
 
     def run(self, command: list[str]) -> tuple[int, str, str]:
         """Exit code, stdout and stderr; -1 when it was ended or took too long."""
+        theirs, ours = os.pipe()  # ours closes when this process ends, however that happens
+        try:
+            return self._run(command, stdin=theirs)
+        finally:
+            os.close(theirs)
+            os.close(ours)
+
+    def _run(self, command: list[str], *, stdin: int) -> tuple[int, str, str]:
         with self._lock:
             if self._ended:
                 return -1, "", "ended"
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
                 errors="replace",
+                env={**os.environ, MARK: "1"},
                 # Ctrl+C in the terminal asks the training to stop, not its evaluation.
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
@@ -189,6 +201,31 @@ class _Child:
             self._ended = True
             if self._process is not None and self._process.poll() is None:
                 self._process.kill()
+
+
+def end_with_trainer() -> None:
+    """In an evaluation that a trainer started: end when the trainer does, even by SIGKILL."""
+    if os.environ.pop(MARK, None) is None:
+        return
+    pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    # On Windows a library that looks at stdin while it is loaded (OpenBLAS, say) would wait for the
+    # read below: numpy issue 24290.
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    if sys.platform == "win32":
+        import ctypes
+        import msvcrt
+
+        # dup2 tells the system only where the EXE shares Python's C runtime, which a frozen one
+        # does not.
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(0))
+        ctypes.windll.kernel32.SetStdHandle(STD_INPUT_HANDLE, handle)
+
+    def wait() -> None:
+        os.read(pipe, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-trainer", daemon=True).start()
 
 
 def program_command() -> list[str]:

@@ -1,15 +1,20 @@
 """The process beside the training: due steps, when figures show, failures, resume."""
 
 import json
+import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from training.hidden_process import COLUMNS, HiddenEvalProcess
+from training.hidden_process import COLUMNS, MARK, HiddenEvalProcess, end_with_trainer
 from training.runtime.checkpoint import CheckpointStore
 
+ROOT = Path(__file__).resolve().parents[2]
 ANSWER = dict.fromkeys(COLUMNS, 0.5)
 READ_STEP = (
     "import json, pathlib, sys; path = max(pathlib.Path(sys.argv[1]).glob('checkpoint_step_*'));"
@@ -148,3 +153,52 @@ def test_closing_ends_a_running_evaluation_at_once(tmp_path):
     assert not closer.is_alive()
     assert (tmp_path / "hidden_eval" / "step_00000008").is_dir()  # a resumed run takes it up
     assert runs.messages == []
+
+
+ORPHAN = """
+import os, pathlib, sys, threading
+from training.hidden_process import end_with_trainer
+end_with_trainer()
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+threading.Event().wait()
+"""
+TRAINER = """
+import sys
+from training.hidden_process import _Child
+_Child().run([sys.executable, "-c", *sys.argv[1:]])
+"""
+
+
+def is_alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_an_evaluation_ends_with_a_trainer_that_is_killed(tmp_path):
+    path, deadline = tmp_path / "pid", time.monotonic() + 60
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, ORPHAN, str(path)], cwd=ROOT)
+    try:
+        while not path.exists() or not path.read_text():
+            assert trainer.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        pid = int(path.read_text())
+        assert is_alive(pid)
+    finally:
+        trainer.kill()
+        trainer.wait()
+    try:
+        while is_alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not is_alive(pid)
+    finally:
+        if is_alive(pid):
+            psutil.Process(pid).kill()
+
+
+def test_without_a_trainer_nothing_watches_the_input(monkeypatch):
+    monkeypatch.delenv(MARK, raising=False)
+    before = threading.enumerate()
+    end_with_trainer()
+    assert threading.enumerate() == before

@@ -20,6 +20,7 @@ from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import Batch, text_batches, validation_batches
 from training.evaluation import evaluate_bpb, read_eval_file
 from training.hidden_eval import as_columns, choose_questions, evaluate_hidden, read_manifest
+from training.hidden_process import end_with_trainer
 from training.runtime.environment import configure_threads, resolve_device
 from training.ttt import TTTSettings, evaluate_with_ttt
 
@@ -71,6 +72,7 @@ def _learned(
 
 def _run_hidden(config: SigmaConfig) -> int:
     """Share of hidden questions answered rightly, with its interval."""
+    end_with_trainer()
     manifest = read_manifest(config.integrity.integrity_hidden_eval_manifest)
     questions = choose_questions(manifest, config.integrity.integrity_hidden_eval_tasks)
     device = resolve_device(config)

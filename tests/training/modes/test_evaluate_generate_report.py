@@ -252,3 +252,12 @@ def test_report_is_rebuilt_and_its_place_told(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == {"report": str(tmp_path / "report.html")}
     with pytest.raises(ValueError, match=r"--output-dir .*no metrics\.jsonl"):
         report.run(parse_args(["--mode", "report", "--output-dir", str(tmp_path / "none")]))
+
+
+def test_a_hidden_evaluation_watches_the_trainer_that_started_it(run_flags, monkeypatch):
+    begun = []
+    monkeypatch.setattr(evaluate, "end_with_trainer", lambda: begun.append("watch"))
+    monkeypatch.setattr(evaluate, "load_for_inference", lambda config: begun.append("load"))
+    with pytest.raises(AttributeError):  # there is no model to ask
+        evaluate.run(parse_args([*run_flags, "--mode", "eval", "--hidden"]))
+    assert begun == ["watch", "load"]
