@@ -24,6 +24,7 @@ from training.build_replay import build_replay
 from training.build_rl import build_rl
 from training.build_trials import build_trials
 from training.config.cli import write_resolved
+from training.config.hydra_sections import HydraConfig
 from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, validation_batches
 from training.evaluation import EvalResult, evaluate_bpb
@@ -222,6 +223,11 @@ def resume_fingerprint(
         **state_settings(config.optim, config.c3o),
         "tokenizer-name": tokenizer.sha256,
     }
+    if config.hydra.enable:  # named where changed, so that older runs go on
+        default = HydraConfig()
+        for name in ("lora_rank", "lora_alpha"):
+            if (value := getattr(config.hydra, name)) != getattr(default, name):
+                own[f"hydra-{name}"] = value
     flags = {f"--{name.replace('_', '-')}": str(value) for name, value in (model | own).items()}
     return flags | deciding_flags(config) | {"corpus": corpus.fingerprint, "state schema": "2"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from model.sigma_llm import SigmaLLM
@@ -44,6 +45,7 @@ def build_hydra(
             sources[name] = text_source(config, tokenizer, corpus)
         else:
             sources[name] = task_source(config, name)
+    require_gate_items(config, sources)
     learner = Hydra(
         model,
         tokenizer,
@@ -58,6 +60,21 @@ def build_hydra(
         timed=lambda: clock("hydra"),
         directory=Path(config.run.output_dir) / "hydra",
     )
+
+
+def require_gate_items(config: SigmaConfig, sources: Mapping[str, Source]) -> None:
+    """ConfigError where a domain has fewer items than its gates and merges look at."""
+    own = config.hydra
+    if not (own.rollback_interval or own.steps_per_phase):
+        return
+    for name, source in sources.items():
+        if (found := len(source.gate_items(own.gate_tasks))) < own.gate_tasks:
+            for each in sources.values():
+                each.close()
+            raise ConfigError(
+                f"--hydra-gate-tasks {own.gate_tasks}: {name} has only {found} items for its gate; "
+                f"give --hydra-gate-tasks {found} or fewer"
+            )
 
 
 def task_source(config: SigmaConfig, domain: str) -> TaskSource:

@@ -20,7 +20,7 @@ from training.features.hydra_v21 import HydraFeature
 from training.hydra.clocks import EventClock
 from training.hydra.learner import Hydra
 from training.modes import export
-from training.runtime.checkpoint import CheckpointStore
+from training.runtime.checkpoint import CheckpointStore, IncompatibleCheckpoint
 from training.runtime.state_tree import join_state
 
 RUN = (
@@ -214,6 +214,21 @@ def test_a_run_too_short_for_an_update_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"hydra_v21 \(needs 16\)"):
         hydra_run(tmp_path / "run", "--hydra-update-interval", "16", "--strict-feature-usage")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gate_without_enough_items_is_refused_before_training(tmp_path):
+    flags = ("--hydra-domains", "math", "--ttrl-task-families", "subtract",
+             "--hydra-gate-tasks", "1000")  # fmt: skip
+    mend = r"--hydra-gate-tasks 1000: math has only (\d+) items for its gate; give .* \1 or fewer"
+    with pytest.raises(ConfigError, match=mend):
+        hydra_run(tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more", [("--hydra-lora-rank", "4"), ("--hydra-lora-alpha", "8")])
+def test_adapters_of_another_shape_are_refused_by_their_flag(whole, more):
+    with pytest.raises(IncompatibleCheckpoint, match=more[0]):
+        hydra_run(whole, *more)
 
 
 @pytest.mark.parametrize("domains", ["", "math,math", "math,music", "math,"])
