@@ -64,13 +64,13 @@ class FractalNasFeature(Feature):
                 _LOG.warning("%s is measured anew: %s", self._cache.path, problem)
         self._adopt(self._tuner.best())
         if known is None:
-            return self._try_one() is not None
+            return self._try_one()[1]
         return self._adopted != arms[0]
 
     def after_step(self, ctx: StepContext) -> bool:
         """Try the next tile."""
         with ctx.span("fractal"):
-            arm = self._try_one()
+            arm, measured = self._try_one()
         if arm is None:
             return False
         tuner = self._tuner
@@ -79,15 +79,15 @@ class FractalNasFeature(Feature):
         ctx.log("fractal_best_latency_us", tuner.median(tuner.best()))
         ctx.log("fractal_reward", tuner.reward(arm) if arm in tuner.latencies else 0.0)
         ctx.log("fractal_rejected_arms", len(tuner.rejected))
-        return True
+        return measured
 
     def _adopt(self, arm: Arm) -> None:
         self._adopted = arm
         for mixer in self._mixers:
             use_arm(mixer, arm)
 
-    def _try_one(self) -> Arm | None:
-        """The arm that was measured or rejected; None if there was no memory for it."""
+    def _try_one(self) -> tuple[Arm | None, bool]:
+        """The arm, None if there was no memory for it; whether it was measured, not rejected."""
         tuner, trials = self._tuner, self._trials
         assert trials is not None
         arm = tuner.choose()
@@ -100,7 +100,7 @@ class FractalNasFeature(Feature):
 
         found = within_memory(measure, rows=1, what="trial of a tile", say=_LOG.info)
         if found is None:
-            return None
+            return None, False
         if math.isinf(found):
             tuner.reject(arm)
         else:
@@ -109,7 +109,7 @@ class FractalNasFeature(Feature):
             self._cache.write(trials.key, tuner.state_dict())
         except OSError as problem:
             _LOG.warning("%s was not written: %s", self._cache.path, problem.strerror)
-        return arm
+        return arm, not math.isinf(found)
 
     def state_dict(self) -> dict[str, Any]:
         """The tile of this run, what it is for, and what was measured."""

@@ -79,6 +79,9 @@ def test_a_tile_that_computes_something_else_is_left_out(tmp_path, monkeypatch):
     train(tiny_flags(tmp_path / "run", *ON))
     rows = metrics_rows(tmp_path / "run")
     assert rows[-1]["fractal_rejected_arms"] == 1
+    trials, calls = rows[-1]["fractal_trials"], rows[-1]["feature_fractal_nas_effective_calls"]
+    assert calls == 3  # of four tries, the one at the start among them
+    assert trials == calls
     train(tiny_flags(tmp_path / "next", *ON))
     assert chunk_lengths(tmp_path / "next") == {16.0}
 
