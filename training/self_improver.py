@@ -41,7 +41,7 @@ REACH = {"lr": 0.15, "ttrl_interval": 0.35, "ttrl_budget": 0.5, "replay_bias": 0
 class ImproverSettings:
     """Size of the perturbations and its adaptation."""
 
-    sigma: float = 0.30
+    sigma: float = 0.25
     sigma_min: float = 0.02
     sigma_max: float = 0.30
     is_adaptive: bool = True

@@ -43,7 +43,7 @@ class SelfImproverConfig:
         False, "Search for a better learning rate by small changes, tried both ways on the probe."
     )
     interval: int = flag(2, "Steps per trial; four make a comparison.", minimum=1, maximum=10**6)
-    mutation_sigma: float = flag(0.30, "Size of a change at first.", above=0.0, maximum=1.0)
+    mutation_sigma: float = flag(0.25, "Size of a change at first.", above=0.0, maximum=1.0)
     adaptive_sigma_enabled: bool = flag(
         True, "Adapt the size to how often a comparison agrees with those before it."
     )

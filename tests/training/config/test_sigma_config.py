@@ -37,7 +37,7 @@ DEVIATIONS = {
     ("--self-improver-enabled", "default"): ("off", "off until a gain is measured"),
     ("--self-improver-enabled", "exe"): ("off", "no probe text in the hybrid stream"),
     **{
-        ("--self-improver-mutation-sigma", column): ("0.3", "a smaller one hides in the noise")
+        ("--self-improver-mutation-sigma", column): ("0.25", "a smaller one hides in the noise")
         for column in ("default", "exe")
     },
     ("--torch-compile", "default"): ("off", "compiling takes minutes and no gain is measured"),
