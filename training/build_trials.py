@@ -10,7 +10,6 @@ from research.journal import Journal
 from training.config.sigma_config import SigmaConfig
 from training.overlay_trials import OverlayTrials, TrialSettings
 from training.probe import Probe
-from training.run_policy import REPLAY_BIAS, TTRL_BUDGET, TTRL_INTERVAL
 from training.runtime.atomic_io import FileOps
 from training.trial_journal import TrialJournal
 
@@ -23,7 +22,6 @@ def build_trials(
     if not own.enabled or probe is None:
         return None
     output_dir = Path(config.run.output_dir)
-    of_rl = (TTRL_INTERVAL, TTRL_BUDGET, *((REPLAY_BIAS,) if config.replays() else ()))
     search = SearchSettings(
         alpha=own.significance_alpha,
         min_effect=own.min_effect_size,
@@ -33,7 +31,8 @@ def build_trials(
         window=own.window_size,
         trials=own.bo_trials,
         patches=own.patch_trials,
-        names=("lr_factor", *(of_rl if config.ttrl.interval else ())),
+        # The pace of RL is not drawn: the probe is text, and a dozen steps show no pass rate.
+        names=("lr_factor",),
     )
     trials = TrialSettings(
         interval=own.interval,
