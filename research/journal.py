@@ -86,6 +86,7 @@ class Journal:
                     if path.is_file():
                         self._replace(path, _free_name(self.directory, event["file"]))
             self._write(self.directory / EVENTS_NAME, _lines(kept))
+        _end_last_line(self.directory / EVENTS_NAME)
         self._events = kept
         begun = {event["cycle"] for event in kept if event["event"] == "registered"}
         for cycle in sorted(begun & {event["cycle"] for event in later}):
@@ -238,6 +239,13 @@ def _read_events(directory: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(event, dict) and needed.get(event.get("event", ""), {""}) <= event.keys():
             yield event
+
+
+def _end_last_line(path: Path) -> None:
+    """So that what is added to a line that a kill has torn is a line of its own."""
+    if path.is_file() and not (path.read_bytes() or b"\n").endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
 
 
 def _lines(events: list[dict[str, Any]]) -> bytes:

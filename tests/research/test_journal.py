@@ -126,7 +126,7 @@ def refuse(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("call", ["research.journal.os.fsync", "research.journal._write"])
+@pytest.mark.parametrize("call", ["research.journal.os.fsync", "research.journal.Journal._write"])
 def test_a_registration_that_finds_no_room_leaves_no_trace(directory, monkeypatch, call):
     journal = Journal(directory, now=clock())
     journal.complete(journal.register(entry(1)), outcome(2))
@@ -141,7 +141,7 @@ def test_a_registration_that_finds_no_room_leaves_no_trace(directory, monkeypatc
 
 
 @pytest.mark.parametrize("later", ["settle", "register"])
-@pytest.mark.parametrize("call", ["research.journal.os.fsync", "research.journal._write"])
+@pytest.mark.parametrize("call", ["research.journal.os.fsync", "research.journal.Journal._write"])
 def test_an_outcome_waits_for_room_and_stands_before_the_next_trial(
     directory, monkeypatch, caplog, call, later
 ):
@@ -159,3 +159,16 @@ def test_an_outcome_waits_for_room_and_stands_before_the_next_trial(
     assert "promoted: forced" in (directory / pages(directory)[0]).read_text(encoding="utf-8")
     events = [json.loads(line)["event"] for line in (directory / EVENTS_NAME).open("rb")]
     assert events == ["registered", "completed", "registered"][: journal.position]
+
+
+def test_what_follows_a_line_torn_by_a_kill_is_read(directory):
+    journal = Journal(directory, now=clock())
+    journal.complete(journal.register(entry(1)), outcome(2))
+    journal.register(entry(3))
+    path = directory / EVENTS_NAME
+    path.write_bytes(path.read_bytes()[:-20])
+    again = Journal(directory, now=clock())
+    again.resume(2)
+    again.complete(again.register(entry(5)), outcome(6, "promoted: forced"))
+    assert [trial["step"] for trial in read_trials(directory)] == [1, 5]
+    assert read_trials(directory)[1]["outcome"]["decision"] == "promoted: forced"
