@@ -53,7 +53,7 @@ def refusal(error: Exception) -> str | None:
     if isinstance(error, failures) or type(error).__module__.partition(".")[0] == "torch":
         return None
     if "torch" in sys.modules:
-        from training.micro_batch import is_out_of_memory
+        from training.runtime.memory_guard import is_out_of_memory
 
         if is_out_of_memory(error):  # the CPU's allocator has no class of its own
             return None

@@ -18,7 +18,7 @@ import torch
 from training.config.sigma_config import SigmaConfig
 from training.context import StepContext
 from training.features.base import FeatureSet
-from training.micro_batch import StepRows, is_out_of_memory, move_batch
+from training.micro_batch import StepRows, move_batch
 from training.nonfinite import NonFiniteGuard, Verdict, state_is_finite
 from training.optimizer import OptimizerSet
 from training.run_policy import LR
@@ -26,7 +26,12 @@ from training.run_services import RunServices
 from training.runtime.checkpoint import Checkpoint
 from training.runtime.crash_report import write_crash_report
 from training.runtime.locks import RunLock
-from training.runtime.memory_guard import MemoryLimitReached, Relief, clear_caches
+from training.runtime.memory_guard import (
+    MemoryLimitReached,
+    Relief,
+    clear_caches,
+    is_out_of_memory,
+)
 from training.runtime.reported_run import Closable, ReportedRun
 from training.runtime.rng_state import capture_rng_state, restore_rng_state
 from training.runtime.run_state import join_run_state

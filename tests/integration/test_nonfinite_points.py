@@ -151,7 +151,8 @@ def survives_damage(bench, kind, draw):
 def bench(ram_path):
     bench = Bench(ram_path / "run")
     yield bench
-    bench.trainer._close()
+    for part in bench.trainer._parts():
+        part.close()
 
 
 def survives(bench, kind, draw):

@@ -269,7 +269,8 @@ def test_an_arm_equals_the_run_it_stands_for_and_is_undone(tmp_path):
     own = trials.score(trainer.model)
     assert same.end == own  # the control, over the same batches and random numbers
     assert other.end != own and noisy.end != own
-    trainer._close()
+    for part in trainer._parts():
+        part.close()
 
 
 def test_an_arm_that_diverges_or_finds_no_memory_leaves_the_run_alone(tmp_path, monkeypatch):
@@ -291,7 +292,8 @@ def test_an_arm_that_diverges_or_finds_no_memory_leaves_the_run_alone(tmp_path, 
     monkeypatch.setattr(type(trainer), "update", starve)
     assert fork(trainer, 1.0).outcome is ArmEnd.NO_MEMORY
     assert hash_state(trainer) == before
-    trainer._close()
+    for part in trainer._parts():
+        part.close()
 
 
 def test_a_candidate_whose_arm_diverges_is_dropped(tmp_path, off, monkeypatch):
