@@ -19,6 +19,7 @@ from training.config.sigma_config import ConfigError, SigmaConfig
 from training.runtime.console import HeldWindow, is_interactive, read_line
 from training.runtime.frozen import prepare_frozen
 from training.runtime.supervisor import die_with_parent, supervise, take_supervision_mark
+from training.runtime.text import one_line
 
 UNMARKED = object()
 OWN_PACKAGES = ("evolution", "model", "research", "training")
@@ -223,10 +224,6 @@ def program_directory() -> Path:
 def refuse(message: str) -> int:
     print(one_line(f"error: {message}"), file=sys.stderr)
     return 2
-
-
-def one_line(message: str) -> str:
-    return " ".join(message.split())
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from model.attention_kernel_src import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
+from model.launch import power_of_two
 from model.opaque import apply_opaque
-from model.sigma_kernels import power_of_two
 from model.ternary_linear import device_capability
 
 MAX_WIDTH = 256

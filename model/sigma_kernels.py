@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.launch import power_of_two
 from model.opaque import apply_opaque
 from model.sigma_kernel_backward import (
     control_gradients_kernel,
@@ -38,11 +39,6 @@ MAX_WIDTH = 256
 SHORT_TYPE = torch.bfloat16
 STATE_BLOCK = 1024
 HEAD_BLOCK = 8
-
-
-def power_of_two(count: int) -> int:
-    """The smallest power of two that holds `count` >= 1: what a block of a kernel may span."""
-    return 1 << (count - 1).bit_length()
 
 
 class ScanTiles(NamedTuple):

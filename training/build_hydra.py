@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from model.sigma_llm import SigmaLLM
-from training.build_rl import build_autocast, count_real_batches
+from training.build_rl import build_rl_autocast, count_real_batches
 from training.config.sigma_config import ConfigError, SigmaConfig
 from training.data import TokenCorpus
 from training.hydra.domain import AdapterSettings
@@ -52,7 +52,7 @@ def build_hydra(
         sources,
         hydra_settings(config),
         seed=config.run.seed,
-        autocast=build_autocast(config, model.embed.weight.device),
+        autocast=build_rl_autocast(config, model.embed.weight.device),
     )
     return HydraService(
         learner=learner,

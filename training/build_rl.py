@@ -69,7 +69,7 @@ def count_real_batches(config: SigmaConfig, stream: BatchStream) -> Callable[[in
 def build_learner(config: SigmaConfig, model: SigmaLLM, tokenizer: Tokenizer) -> Learner:
     """The learner of these flags over the model's own weights."""
     ttrl, own, verifier = config.ttrl, config.sigma_rl, config.verifier
-    autocast = build_autocast(config, model.embed.weight.device)
+    autocast = build_rl_autocast(config, model.embed.weight.device)
     update = PolicyUpdate(
         model,
         UpdateSettings(
@@ -148,7 +148,7 @@ def candidate_settings(config: SigmaConfig) -> CandidateSettings:
     )
 
 
-def build_autocast(
+def build_rl_autocast(
     config: SigmaConfig, device: torch.device
 ) -> Callable[[], AbstractContextManager[Any]]:
     """bf16 where training has it. fp16 would need a loss scale: its policy gradients underflow."""

@@ -32,7 +32,6 @@ from training.optim.soap import Soap
 
 ADAM_BETAS = (0.9, 0.95)
 CONTROL = "c3o"  # its place among the parameters of the state
-ROLES = ("embed", "head", "engram", "matrix", "scalar")
 MUON_KINDS: dict[str, type[Muon]] = {"muon": Muon, "normuon": NorMuon, "adamuon": AdaMuon}
 # These leave what the `--muon-*` rules do not give them to a companion.
 SPLITTING = (*MUON_KINDS, "soap", "galore-lion")
@@ -45,7 +44,7 @@ SPLIT_RULES = (
 
 
 def parameter_role(name: str, param: Tensor) -> str:
-    """Role of a parameter, one of ROLES."""
+    """Role of a parameter: embed, head, engram, matrix or scalar."""
     if "engram" in name and "table" in name:
         return "engram"
     if name.endswith("embed.weight"):

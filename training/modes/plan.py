@@ -32,6 +32,7 @@ from training.instant import apply_instant, instant_memory
 from training.modes.doctor import check_memory
 from training.runtime.directories import free_bytes
 from training.runtime.environment import GIB, EnvironmentProblem, configure_threads, resolve_device
+from training.runtime.text import format_duration
 from training.tokenizer import Tokenizer
 
 MEASURED_STEPS = 3
@@ -315,17 +316,6 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             f"free, {enough}",
         ),
     ]
-
-
-def format_duration(seconds: float) -> str:
-    """The two largest units of a duration: `3 d 4 h`, `12 min 5 s`."""
-    rest = round(seconds)
-    parts = []
-    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, rest = divmod(rest, size)
-        if count or parts or name == "s":
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2])
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def write_crash_report(
         "error": _describe_error(error, cleaner),
         "last_metrics": cleaner.clean_mapping(last_metrics),
         "feature_state": cleaner.clean_mapping(feature_state),
-        "memory": read_memory(),
+        "memory": memory_facts(),
         "versions": _versions(),
         "config_hash": cleaner.clean_text(config_hash),
         "argv": [cleaner.shorten(word) for word in cleaner.redactor.clean_argv(sys.argv)],
@@ -110,7 +110,7 @@ def write_crash_report(
     return path
 
 
-def read_memory() -> dict[str, Any]:
+def memory_facts() -> dict[str, Any]:
     """Memory in bytes: this process, the machine, the control group, and CUDA if it is in use."""
     memory: dict[str, Any] = {}
     try:

@@ -30,7 +30,6 @@ CACHE_DIRECTORY = Path(".runtime_cache")
 QUICKSTART = "profiles/quickstart.txt"
 CUDA_LOCKFILE = "requirements-py313-cu128.txt"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
-FINGERPRINTED = ("model", "training")
 PACKAGES = ("numpy", "safetensors", "tokenizers", "transformers")
 
 
@@ -302,23 +301,6 @@ def config_hash(config: SigmaConfig) -> str:
     """sha256 over every setting but the token, whatever the order of declaration."""
     text = json.dumps(to_dict(without_secrets(config)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def code_fingerprint(root: Path = PROJECT_ROOT) -> str:
-    """sha256 over names and contents of all Python files of model/ and training/.
-
-    A frozen program has no source files; there it is the hash of the executable.
-    """
-    digest = hashlib.sha256()
-    if getattr(sys, "frozen", False):
-        with Path(sys.executable).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = [path for package in FINGERPRINTED for path in (root / package).rglob("*.py")]
-    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
-        content = path.read_bytes().replace(b"\r\n", b"\n")
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
 
 
 def _probe_driver() -> tuple[str | None, tuple[int, int] | None, str]:

@@ -19,7 +19,6 @@ import torch
 
 FAST_DECAY = 0.9  # per measurement
 SLOW_DECAY = 0.98
-SIGNALS = ("progress", "excess", "raw")
 
 
 @dataclass(slots=True)

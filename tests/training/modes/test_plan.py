@@ -15,7 +15,7 @@ from training.build import build_model
 from training.build_data import build_tokenizer
 from training.config.cli import parse_args
 from training.modes import plan
-from training.modes.plan import SavedTensors, format_duration
+from training.modes.plan import SavedTensors
 from training.runtime.environment import EnvironmentProblem
 
 CPU = torch.device("cpu")
@@ -176,17 +176,3 @@ def test_what_cannot_fit_is_refused_before_it_is_built(monkeypatch):
     monkeypatch.setattr(plan, "build_model", None)  # not called
     with pytest.raises(EnvironmentProblem, match=r"does not fit on cpu: 0.0 GiB of memory free"):
         plan.run(parse_args(TINY))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.4, "0 s"),
-        (59.6, "1 min 0 s"),
-        (3661, "1 h 1 min"),
-        (200000, "2 d 7 h"),
-        (86400, "1 d 0 h"),
-    ],
-)
-def test_durations_show_two_units(seconds, text):
-    assert format_duration(seconds) == text

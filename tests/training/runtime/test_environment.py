@@ -6,7 +6,6 @@ import mmap
 import os
 import platform
 import random
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +20,6 @@ from training.runtime.environment import (
     CudaFacts,
     EnvironmentProblem,
     autocast_dtype,
-    code_fingerprint,
     config_hash,
     explain_missing_cuda,
     memory_readings,
@@ -170,22 +168,6 @@ def test_the_config_hash_changes_with_every_setting_and_only_then():
     assert config_hash(parse_args([])) == config_hash(parse_args(["--steps", "2000"]))
     variants = [[], ["--steps", "3"], ["--ema-enabled"], ["--engram-orders", "2,3"]]
     assert len({config_hash(parse_args(argv)) for argv in variants}) == len(variants)
-
-
-def test_the_code_fingerprint_sees_contents_names_and_nothing_else(tmp_path):
-    for name in ("model/a.py", "training/sub/b.py", "scripts/c.py", "model/notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x = 1\n")
-    before = code_fingerprint(tmp_path)
-    (tmp_path / "scripts/c.py").write_bytes(b"x = 2\n")
-    (tmp_path / "model/notes.txt").write_bytes(b"new")
-    (tmp_path / "model/a.py").write_bytes(b"x = 1\r\n")
-    assert code_fingerprint(tmp_path) == before
-    (tmp_path / "training/sub/b.py").write_bytes(b"x = 2\n")
-    changed = code_fingerprint(tmp_path)
-    assert changed != before
-    shutil.move(tmp_path / "training/sub/b.py", tmp_path / "training/sub/d.py")
-    assert code_fingerprint(tmp_path) not in (before, changed)
 
 
 def test_memory_readings_follow_the_process():
