@@ -1,7 +1,7 @@
-"""The networks that benches train: the quickstart in three sizes, ours and plainly written.
+"""The networks that benches train: every part of SigmaLLM in three sizes, ours and plainly written.
 
-Router noise is off in both (the plain twin has none), everything else is profiles/quickstart.txt
-with other widths.
+That is profiles/quickstart.txt with other widths and with what it leaves out: differential
+attention and experts. Router noise is off in both (the plain twin has none).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "1M": (
         "--d-model=96", "--n-heads=3", "--kv-latent-dim=24", "--d-ff=288", "--engram-buckets=4096",
     ),
-    "3M, the quickstart": (),
+    "3M": (),
     "10M": (
         "--d-model=384", "--n-heads=12", "--kv-latent-dim=96", "--d-ff=1152",
     ),
@@ -39,7 +39,7 @@ SIZES: dict[str, tuple[str, ...]] = {
 
 
 def quickstart_config(device: torch.device, *flags: str) -> SigmaConfig:
-    """The quickstart with `flags` on top, writing into a folder of its own."""
+    """The quickstart with all parts of the network and `flags` on top, in a folder of its own."""
     folder = tempfile.mkdtemp(prefix="sigma_bench_")
     return parse_args(
         [
@@ -47,6 +47,9 @@ def quickstart_config(device: torch.device, *flags: str) -> SigmaConfig:
             f"--device={device.type}",
             f"--output-dir={folder}",
             f"--checkpoint-dir={folder}/checkpoints",
+            "--diff-attention-enabled",
+            "--n-routed-experts=4",
+            "--router-balance-lr=0.01",
             "--router-jitter-noise=0",
             "--integrity-hidden-eval-every=0",
             "--no-integrity-guards-enabled",

@@ -37,7 +37,7 @@ BYTES_PER_ADAM_PARAMETER = 28  # read weight, gradient, two moments; write three
 
 def cases(options: BenchOptions) -> list[Case]:
     return [
-        *(decoding_case(options, size) for size in ("3M, the quickstart", "10M")),
+        *(decoding_case(options, size) for size in ("3M", "10M")),
         *(loss_case(options, *shape) for shape in LOSS_SHAPES),
         muon_case(options),
         adam_case(options),

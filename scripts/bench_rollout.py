@@ -32,7 +32,7 @@ NEW_TOKENS = 24
 PROMPTS, GROUP = 8, 8
 PROMPT_LENGTHS = (6, 14)
 TEMPERATURE, TOP_K = 0.8, 40
-SIZE = "3M, the quickstart"
+SIZE = "3M"
 Rows = list[list[int]]
 
 

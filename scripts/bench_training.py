@@ -31,7 +31,7 @@ LARGE = (  # the default profile's widths and batch, for a GPU
 
 
 def cases(options: BenchOptions) -> list[Case]:
-    compiled = ("3M, the quickstart",)  # compiling takes a minute or more per network
+    compiled = ("3M",)  # compiling takes a minute or more per network
     found = [
         training_case(name, flags, options, compiled=name in compiled)
         for name, flags in SIZES.items()
