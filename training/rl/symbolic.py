@@ -75,8 +75,8 @@ class SymbolicWorker:
             connection.close()
         if process is not None:
             process.kill()
+            # Not its close(): it fails when another thread that starts a process has reaped it.
             process.join()
-            process.close()
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")

@@ -18,7 +18,7 @@ from training.rl.polynomials import (
     parse_polynomial,
     polynomial_text,
 )
-from training.rl.symbolic import SymbolicPool
+from training.rl.symbolic import SymbolicPool, SymbolicWorker
 from training.rl.symbolic_worker import math_verify_compare, sympy_compare
 
 POLYNOMIALS = st.dictionaries(st.integers(0, 6), st.integers(-99, 99).filter(bool), max_size=4)
@@ -118,6 +118,21 @@ def test_a_killed_worker_is_replaced(pool):
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert [one.reason for one in pool.compare_many([("x", "x")] * 4)] == ["passed"] * 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes there are not reaped")
+def test_a_worker_that_another_thread_has_reaped_is_replaced():
+    """To start a process reaps all that have ended, in whichever thread that is."""
+    worker = SymbolicWorker("sympy")
+    try:
+        assert worker.compare("x + x", "2*x", limit_s=30.0).reason == "passed"
+        first = worker.pid
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        assert worker.compare("x + x", "2*x", limit_s=30.0).reason == "passed"
+        assert worker.pid != first
+    finally:
+        worker.close()
 
 
 def test_an_unknown_engine_is_named():
