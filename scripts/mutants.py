@@ -26,8 +26,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from scripts.equivalent_mutants import EQUIVALENT
 
@@ -45,6 +46,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training.runtime.checkpoint": STORE_TESTS,
     "training.runtime.manifest": STORE_TESTS,
     "training.runtime.restore": STORE_TESTS,
+    "training.runtime.snapshot": STORE_TESTS,
     "training.runtime.atomic_io": (
         CORNERS, f"{RUNTIME}/test_atomic_io.py", f"{RUNTIME}/test_windows_retries.py",
         *STORE_TESTS[2:],
@@ -206,35 +208,76 @@ def source_of(module: str) -> Path:
     return ROOT / (module.replace(".", "/") + ".py")
 
 
-def is_noticed(mutant: Mutant | None, tests: Sequence[str]) -> bool:
-    """Whether a test fails with this mutant (None: with the program as it is)."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.setsid()
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            if mutant is not None:
-                sys.meta_path.insert(0, MutantFinder(mutant))
-            import pytest
+@dataclass(slots=True, kw_only=True)
+class Trial:
+    """The tests of a module in a fork of this process, with a mutant (None: without any)."""
 
-            for path in tests:  # the cheap ones first: most mutants end there
-                status = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", path]))
-                if status:
-                    break
-        finally:
-            os._exit(status)
-    deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
+    mutant: Mutant | None
+    process: int
+    deadline: float
+
+    @classmethod
+    def start(cls, mutant: Mutant | None, tests: Sequence[str]) -> Trial:
+        process = os.fork()
+        if process == 0:
+            _run_tests(mutant, tests)
+        return cls(mutant=mutant, process=process, deadline=time.monotonic() + LIMIT_S)
+
+    def is_noticed(self) -> bool | None:
+        """Whether a test failed; None while they run. Tests that hang have noticed."""
+        done, status = os.waitpid(self.process, os.WNOHANG)
         if done:
             return status != 0
+        if time.monotonic() < self.deadline:
+            return None
+        os.killpg(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+        return True
+
+
+def _run_tests(mutant: Mutant | None, tests: Sequence[str]) -> NoReturn:
+    status = 1
+    try:
+        os.setsid()
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
+        if mutant is not None:
+            sys.meta_path.insert(0, MutantFinder(mutant))
+        import pytest
+
+        for path in tests:  # the cheap ones first: most mutants end there
+            status = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", path]))
+            if status:
+                break
+    finally:
+        os._exit(status)
+
+
+def try_all(
+    mutants: Sequence[Mutant], suites: dict[str, tuple[str, ...]], *, jobs: int, minutes: float
+) -> Iterator[tuple[Mutant, bool]]:
+    """Each mutant with whether it was noticed, as they end, `jobs` at a time; none is started
+    once the minutes are over."""
+    end, waiting, running = time.monotonic() + 60.0 * minutes, list(reversed(mutants)), []
+    while waiting or running:
+        while waiting and len(running) < jobs and time.monotonic() < end:
+            mutant = waiting.pop()
+            running.append((mutant, Trial.start(mutant, suites[mutant.module])))
+        if not running:
+            return
+        for mutant, trial in list(running):
+            if (noticed := trial.is_noticed()) is not None:
+                running.remove((mutant, trial))
+                yield mutant, noticed
         time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return True
+
+
+def fails_without_mutant(tests: Sequence[str]) -> bool:
+    trial = Trial.start(None, tests)
+    while (noticed := trial.is_noticed()) is None:
+        time.sleep(0.05)
+    return noticed
 
 
 def run(
@@ -243,6 +286,7 @@ def run(
     seed: int,
     minutes: float,
     count: int,
+    jobs: int = 1,
     state: Path | None = None,
     num_files: int | None = None,
 ) -> dict[str, Any]:
@@ -255,27 +299,30 @@ def run(
     import torch
 
     torch.set_num_threads(1)
-    start, tried, survivors = time.monotonic(), dict.fromkeys(modules, 0), []
+    start, tried = time.monotonic(), dict.fromkeys(modules, 0)
     pool = [m for name in modules for m in mutants_of(name, source_of(name).read_text("utf-8"))]
     suites = {name: TESTS[name][:num_files] for name in modules}
     for tests in dict.fromkeys(suites.values()):
-        if is_noticed(None, tests):
+        if fails_without_mutant(tests):
             raise RuntimeError(f"{tests[0]} and those after it fail without any mutant")
     random.Random(seed).shuffle(pool)
     known = set(state.read_text("utf-8").splitlines()) if state and state.exists() else set()
-    for mutant in pool[: count or None]:
-        is_known = mutant.key in known
-        if not is_known and time.monotonic() - start > 60.0 * minutes:
-            continue
+    chosen = pool[: count or None]
+    for mutant in chosen:
+        tried[mutant.module] += mutant.key in known
+    survivors = []
+    fresh = [mutant for mutant in chosen if mutant.key not in known]
+    for mutant, noticed in try_all(fresh, suites, jobs=jobs, minutes=minutes):
         tried[mutant.module] += 1
-        if is_known:
-            continue
-        if not is_noticed(mutant, suites[mutant.module]):
+        if not noticed:
             survivors.append(mutant)
             print(f"survived: {mutant.name}", flush=True)
         elif state:
             with state.open("a", encoding="utf-8") as file:
                 file.write(f"{mutant.key}\n")
+    # Only now, when all forks have ended: it imports what the mutants are made of.
+    from scripts.soak import code_version, machine_text
+
     total, missed = sum(tried.values()), [m for m in survivors if not m.equivalent]
     return {
         "suite": "R25",
@@ -291,6 +338,9 @@ def run(
         "complete": total == len(pool),
         "seconds": round(time.monotonic() - start, 1),
         "pytest": pytest.__version__,
+        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code_version(),
+        "machine": machine_text(),
     }
 
 
@@ -301,6 +351,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--modules", nargs="+", choices=[*TESTS], default=[*TESTS])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--count", type=int, default=0, help="at most so many mutants; 0 = all")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants tried at once")
     parser.add_argument("--files", type=int, help="only a module's first (cheapest) test files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, help="file that remembers what was noticed")
@@ -312,6 +363,7 @@ def main(arguments: list[str]) -> int:
         seed=options.seed,
         minutes=options.minutes,
         count=options.count,
+        jobs=options.jobs,
         state=options.state,
         num_files=options.files,
     )
