@@ -69,7 +69,7 @@ SWAPPED: dict[type[ast.operator], type[ast.operator]] = {
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class Mutant:
-    """A module with one change, and where the change is; `key` differs for another source."""
+    """A module with one change, and where the change is; `key` is another for other code."""
 
     module: str
     line: int
@@ -91,7 +91,7 @@ class Mutant:
 def mutants_of(module: str, source: str) -> Iterator[Mutant]:
     """All mutants of a module's source; docstrings, annotations and messages stay."""
     tree, lines = ast.parse(source), source.splitlines()
-    version = hashlib.sha256(source.encode()).hexdigest()[:12]
+    version = hashlib.sha256(ast.dump(without_docstrings(tree)).encode()).hexdigest()[:12]
     settings = {part for node in ast.walk(tree) for part in parts_that_say(node)}
     for number, node in enumerate(ast.walk(tree)):
         for choice, what in enumerate([] if node in settings else describe_changes(node)):
@@ -107,6 +107,17 @@ def mutants_of(module: str, source: str) -> Iterator[Mutant]:
                 key=f"{module} {version} {number} {choice}",
                 text=lines[line - 1].strip(),
             )
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    """A copy that stays the same when only what the program says of itself changes."""
+    copied = copy.deepcopy(tree)
+    for node in ast.walk(copied):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            del node.body[0]
+    return copied
 
 
 def parts_that_say(node: ast.AST) -> Iterator[ast.AST]:

@@ -59,6 +59,14 @@ def test_each_mutant_is_one_other_program() -> None:
     }  # fmt: skip
 
 
+def test_what_was_noticed_stays_so_while_only_words_change() -> None:
+    def keys(source: str) -> list[str]:
+        return [mutant.key for mutant in mutants.mutants_of("clipped_values", source)]
+
+    assert keys(SOURCE.replace("A module.", "The module.\n\nIn two lines.")) == keys(SOURCE)
+    assert not set(keys(SOURCE.replace("3", "4"))) & set(keys(SOURCE))
+
+
 def test_good_tests_notice_what_poor_ones_do_not(project: Path) -> None:
     """A value above the limit is neither nothing nor one: which of them is asked makes no odds."""
     good, poor = try_with(project, "good"), try_with(project, "poor")
