@@ -81,7 +81,8 @@ def test_the_first_signal_asks_and_the_second_ends_at_once(tmp_path, number):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 def test_a_closed_terminal_asks_once_however_often_it_is_said(tmp_path):
     """The shell and the system both send the hangup; the second must not end an unsaved run."""
-    child = start(LOOP, tmp_path, 0.5)
+    own_terminal = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)"  # tests by nohup
+    child = start(own_terminal + LOOP, tmp_path, 0.5)
     try:
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGHUP)
