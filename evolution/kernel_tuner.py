@@ -5,7 +5,7 @@ the scale of the bonus, and of latency alone. Rewards are formed anew whenever t
 because what is best changes. The first arm is the default; another must beat it by more than
 medians of one arm differ before it is preferred.
 
-Source: UCB1 (Auer, Cesa-Bianchi, Fischer 2002); definition in MECHANISMS 7.1 (A).
+Source: UCB1 (Auer, Cesa-Bianchi, Fischer 2002).
 """
 
 from __future__ import annotations

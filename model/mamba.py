@@ -1,7 +1,7 @@
 """The Mamba-3 block: projections, selective parameters, scan, gated norm, output.
 
     [z, x, B, C] = in_proj(u)                    ternary;  z, x (H, P), B, C (R, N)
-    [dt, A, trap, angle] = control_proj(u)       high precision (MECHANISMS 2.4)
+    [dt, A, trap, angle] = control_proj(u)       high precision
     dt = softplus(.)    A = -f(.) <= -1e-4    lambda = sigmoid(.)    theta = pi tanh(.)
     B, C = RMSNorm(.) gain + bias, turned by the running sum of theta
     y_r = scan(x_r, ...)   with x_r = x o rank_in_r

@@ -4,7 +4,7 @@ Every fast path is tested against these, on values and on gradients. They are wr
 next to the formulas and are slow on purpose: loops over groups, heads and positions. (The scan's
 definition is in reference_mamba.py.)
 
-Sources: MECHANISMS sections 2.1 to 2.3 and the papers named in the modules of the fast paths.
+Sources: the papers named in the modules of the fast paths.
 """
 
 from __future__ import annotations

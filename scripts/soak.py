@@ -1,4 +1,4 @@
-"""Tier N of RELIABILITY: the long trials, each with a seed, a time limit and a report.
+"""The long trials of reliability, each with a seed, a time limit and a report.
 
 `python scripts/soak.py R2 --trials 1000 --minutes 30` runs one suite until it has its number of
 trials or its time is up, and writes `bench/results/reliability_<suite>.json`: what was tried, how
@@ -344,7 +344,7 @@ def main(arguments: list[str]) -> int:
         description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument("suite", choices=[*SUITES, "all"], help="which promise to try")
-    parser.add_argument("--trials", type=int, default=0, help="0 = the number of RELIABILITY.md")
+    parser.add_argument("--trials", type=int, default=0, help="0 = the suite's own number")
     parser.add_argument("--minutes", type=float, default=60.0, help="time limit of each suite")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=RESULTS)

@@ -1,4 +1,4 @@
-"""The token that lets one experiment at a time change how a run is trained (MECHANISMS 7.0).
+"""The token that lets one experiment at a time change how a run is trained.
 
 Two controllers that move the learning rate at once would each credit itself with the other's
 effect. Whoever ends an experiment stands last in line, so that experiments alternate; one that

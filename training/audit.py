@@ -1,7 +1,7 @@
 """What the trainer asks of whoever audits a run, and nothing more.
 
 The trainer sees this interface and not its implementation, so that neither it nor anything it
-imports can reach the hidden evaluation (MECHANISMS 0: no training component may read it).
+imports can reach the hidden evaluation (no training component may read it).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights, kept beside them.
 
 For ternary models the average of latent weights drifts towards the rounding cut and can be worse
-after quantisation (MECHANISMS 10.11), which is why it is off by default and read only on request.
+after quantisation, which is why it is off by default and read only on request.
 """
 
 from __future__ import annotations

@@ -5,15 +5,15 @@ The questions were drawn by `scripts/build_hidden_eval.py` from a seed that is n
 was picked by hand), the questions in packed form, and of each answer a salted hash only. The model
 answers in two ways. Ranked: of four continuations the one with the highest log likelihood per byte
 is hashed and compared; guessing gives 25 %. Greedy: what the model would write, the most likely
-token after each, is compared; guessing gives nothing. Greedy decoding is the definition
-(MECHANISMS 8.2), but a small model writes no right answer for millions of tokens, and a figure that
+token after each, is compared; guessing gives nothing. Greedy decoding is what
+is meant, but a small model writes no right answer for millions of tokens, and a figure that
 does not move measures nothing, so the ranked share is the headline and both are recorded. Greedy
 costs no second pass: a model writes exactly a given text if and only if each of its tokens is the
 most likely one after those before, and no choice is the beginning of another.
 
 The hashes keep answers out of texts, searches and accidents. They are no secret from someone who
 runs this file on every choice; what keeps a run honest is that nothing that trains can import it,
-which a test proves (MECHANISMS 8.2).
+which a test proves.
 """
 
 from __future__ import annotations

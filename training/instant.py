@@ -6,7 +6,7 @@ blocks keep the tensors that autograd saves as 4- or 8-bit codes (activation/slo
 rounded in the forward itself: a round trip in line would keep the full tensors all the same.
 
 `apply_instant` is the patch without which a SigmaLLM refuses to train. Sources are named in the
-modules of activation/; the mechanism's name and its test of usefulness are MECHANISMS 3.
+modules of activation/.
 """
 
 from __future__ import annotations

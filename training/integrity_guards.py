@@ -238,7 +238,7 @@ class IntegrityGuards:
 
 
 def check_steps(first_steps: dict[str, int], *, steps: int) -> None:
-    """RuntimeError when a run ends before an enabled feature can start (MECHANISMS 7.5)."""
+    """RuntimeError when a run ends before an enabled feature can start."""
     late = {name: needed for name, needed in first_steps.items() if needed > steps}
     if late:
         listed = ", ".join(f"{name} (needs {needed})" for name, needed in late.items())

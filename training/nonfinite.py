@@ -2,7 +2,7 @@
 
 The update is skipped and the batch recorded; the same step is then tried on the next batch. Three
 failures in a row mean that the weights, not the batch, are to blame: the trainer goes back one
-checkpoint and leaves those batches out. A failed attempt enters no statistic (RELIABILITY 3).
+checkpoint and leaves those batches out. A failed attempt enters no statistic.
 
 A loss can stay finite over weights that are not: an expert nobody was routed to, a row of a table
 nobody read, a moment that makes its weight stand still. So weights and moments are looked at as

@@ -2,7 +2,7 @@
 
 Warm-up, plateau, linear warm-down: one shape with three dials, of which `warmdown_fraction = 1`
 is plain linear decay. Weight decay acts in the first half only: late in ternary training it pulls
-latent weights across the rounding cut for no gain (BitNet b1.58 2402.17764; MECHANISMS 2.1).
+latent weights across the rounding cut for no gain (BitNet b1.58 2402.17764).
 """
 
 from __future__ import annotations

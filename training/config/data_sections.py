@@ -1,9 +1,9 @@
-"""The settings of the data stream and of its adaptive mixture; names are FLAGS.md's.
+"""The settings of the data stream and of its adaptive mixture.
 
 Beside sections.py because they are many. Rules that need the settings of a whole stream (a backend
 that has nothing to read) live in `training/sources/registry.py`, where sources are made of them.
-Two flags of FLAGS.md would have no effect and do not exist: `--persistent-workers` (workers are
-threads that live as long as the stream; no loader is ever restarted) and
+Two flags that one may look for would have no effect and do not exist: `--persistent-workers`
+(workers are threads that live as long as the stream; no loader is ever restarted) and
 `--commoncrawl-max-files-per-worker-cycle` (no worker has files of its own; a source draws the next
 files when `--commoncrawl-wet-paths-per-crawl` of them are read).
 """

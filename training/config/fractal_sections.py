@@ -1,4 +1,4 @@
-"""Settings of Fractal NAS (MECHANISMS 7.1)."""
+"""Settings of Fractal NAS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of a run, grouped by what they belong to; names and defaults are FLAGS.md's.
+"""The settings of a run, grouped by what they belong to.
 
 A setting stands here only if something reads it. Ranges of a single value are declared with it;
 rules between settings live in `SigmaConfig.validate`, rules about a network's shape in

@@ -1,4 +1,4 @@
-"""Hydra: one adapter per domain, taught by preferences, gated, and merged (MECHANISMS 6.2).
+"""Hydra: one adapter per domain, taught by preferences, gated, and merged.
 
 What each event does is a function of its seed, of the model's weights and of this object's state.
 The model itself changes in one place only, a fold that was asked for.

@@ -59,7 +59,7 @@ class GaloreLion(Lion):
         return param.dim() >= 2 and self.rank < min(param.shape[-2:])
 
     def metrics(self) -> dict[str, float]:
-        """The columns of FLAGS section 5, over all projected parameters. Waits for the device."""
+        """The columns `galore_*`, over all projected parameters. Waits for the device."""
         states = [state for param, state in self.state.items() if self.projects(param)]
         energies = [float(state["energy"]) for state in states if "energy" in state]
         tensors = [v for state in self.state.values() for v in state.values()]

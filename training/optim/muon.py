@@ -5,7 +5,7 @@ singular values fast and leaves them anywhere in [0.68, 1.13]; `polar-express` t
 polynomial for each step and ends in [0.84, 1.13] for singular values down to 1e-3 of the norm (five
 steps), 1e-2 (four) or 0.02 (three). Matrices of one shape are stacked and iterated together, since
 a small model has dozens of small ones. On the CPU the iteration runs in fp32: bf16 products have no
-fast path there (PERFORMANCE section 4).
+fast path there.
 Sources: K. Jordan et al., Muon (2024); Amsel et al., Polar Express 2505.16932. The stacked form,
 the zero rule and the shortened Polar Express are ours.
 """

@@ -169,7 +169,7 @@ class CausalReplay:
         )
 
     def metrics(self) -> dict[str, float]:
-        """The columns of FLAGS 5; `trusted` counts clusters whose interval leaves out 0."""
+        """The columns `replay_*`; `trusted` counts clusters whose interval leaves out 0."""
         known = self.uplift.clusters.values()
         means = [own.mean for own in known]
         return {

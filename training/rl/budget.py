@@ -1,8 +1,8 @@
 """How often one group of completions is learned from: more often while the policy still fails.
 
 repeats = round(1 + (budget - 1)(1 - mean reward)). The budget starts at its minimum, rises by one
-after four ticks in a row with a mean reward below 0.5, and falls by one after four above it
-(MECHANISMS 5.4). Ratios are clipped, so a repeat can move the policy only so far.
+after four ticks in a row with a mean reward below 0.5, and falls by one after four above it.
+Ratios are clipped, so a repeat can move the policy only so far.
 """
 
 from __future__ import annotations

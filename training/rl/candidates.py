@@ -2,7 +2,7 @@
 
 Of a task's pool, `group_size` candidates drawn uniformly are what the policy learns from; the
 best-scored rest are verified as well, but only serve refinement, so choosing them cannot bias the
-gradient (MECHANISMS 5.3). With majority labels the whole pool votes and no verdict enters a reward;
+gradient. With majority labels the whole pool votes and no verdict enters a reward;
 verdicts are then measured for the report alone.
 """
 

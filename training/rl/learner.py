@@ -51,7 +51,7 @@ class LearnerSettings:
 
 @dataclass(slots=True, kw_only=True)
 class TickResult:
-    """metrics: columns of FLAGS 5. effects: what counts for each feature (MECHANISMS 13). passed:
+    """metrics: columns of the row. effects: what counts for each feature. passed:
     the completions that did."""
 
     metrics: dict[str, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Runs untrusted programs, one fresh isolated process each, or refuses to start.
 
-There is no weaker mode: without isolation by the operating system the code reward does not exist
-(RELIABILITY section 4 lists what an in-process "sandbox" costs). What comes back is data that the
+There is no weaker mode: without isolation by the operating system the code reward does not exist:
+what shares a process with untrusted code can be rewritten by it. What comes back is data that the
 program may have forged; `verdict.py` decides what it is worth.
 """
 

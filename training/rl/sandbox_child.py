@@ -2,7 +2,7 @@
 
 It stands alone, imports nothing of ours and is started afresh for every program, so that there is
 nothing in its memory worth reading: no expected value, no test, no secret. Whatever it sends is
-only data to the parent, which compares and decides (RELIABILITY section 4). The locks are taken
+only data to the parent, which compares and decides. The locks are taken
 before the first foreign byte is compiled; if one fails nothing is run. After Landlock (Salaun,
 kernel documentation `userspace-api/landlock`) and seccomp (`userspace-api/seccomp_filter`).
 

@@ -1,4 +1,4 @@
-"""The columns of one RL tick (FLAGS section 5), from its candidates and its updates."""
+"""The columns of one RL tick, from its candidates and its updates."""
 
 from __future__ import annotations
 

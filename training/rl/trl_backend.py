@@ -12,7 +12,7 @@ zero (every group has one reward and there is no KL term), or is not finite, is 
 optimizer's momentum alone would move the weights otherwise.
 
 Works with trl 0.24 and newer, and with any causal model of transformers. DeepSeekMath (GRPO),
-2402.03300; MECHANISMS 5.7.
+2402.03300.
 """
 
 # pyright: reportMissingImports=false

@@ -4,7 +4,7 @@ The program runs elsewhere and may have forged everything it sent. So nothing th
 counts: not its exit code, not what it printed, not a word like "passed". It is given inputs drawn
 for this verdict alone, and each value it returns is compared with the reference's: type identity
 first, at every depth, then value. All that can go wrong is a fail, never a pass and never an
-exception: malformed, missing, surplus and oversized replies included (RELIABILITY section 4).
+exception: malformed, missing, surplus and oversized replies included.
 """
 
 from __future__ import annotations

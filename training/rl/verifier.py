@@ -1,8 +1,8 @@
 """The strict verifier: the verdict on every completion, and nothing that a completion can choose.
 
 Integers are compared as integers, polynomials by a computer algebra system in a process that can
-be killed, programs run in the sandbox and what they returned is compared here (RELIABILITY
-section 4). Whatever goes wrong over a completion is a fail. If the sandbox itself is lost it is
+be killed, programs run in the sandbox and what they returned is compared here.
+Whatever goes wrong over a completion is a fail. If the sandbox itself is lost it is
 opened once more; if it stays lost for every program, the run is told instead of learning from
 rewards that nobody earned.
 """

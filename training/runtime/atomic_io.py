@@ -2,7 +2,7 @@
 
 Crash safety is a property of an order of system calls. Callers write in terms of `FileOps`, so a
 test can record that order, lose everything that was not flushed, or let any single call fail
-(RELIABILITY sections 2 and 5; the failure model is that of Pillai et al., OSDI 2014, and
+(the failure model is that of Pillai et al., OSDI 2014, and
 Rebello et al., ATC 2020: after a failed fsync the pages are marked clean, so it is never retried).
 """
 

@@ -2,8 +2,7 @@
 
 `CheckpointStore` is the order of things: copy to host memory at the step boundary, write in a
 thread, commit by one rename, read back, and only then let go of an older one. What counts as a
-checkpoint is decided in manifest.py, every system call is in atomic_io.py. Protocol, verdicts and
-layout: RELIABILITY section 2.
+checkpoint is decided in manifest.py, every system call is in atomic_io.py.
 """
 
 from __future__ import annotations

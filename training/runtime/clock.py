@@ -88,7 +88,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def phase_columns(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Span seconds under their metric names, with the identities of FLAGS section 5."""
+    """Span seconds under their metric names, with what they sum to."""
     parts = {name: seconds.get(name, 0.0) for name in ("forward", "backward", "opt_step")}
     zero_grad, other = seconds.get("zero_grad", 0.0), seconds.get("features", 0.0)
     optim = parts["backward"] + parts["opt_step"] + zero_grad

@@ -20,7 +20,7 @@ from training.runtime.locks import CHECKPOINT_LOCK_NAME, RunLock
 
 MIB = 2**20
 LOG_BYTES = 16 * MIB
-# One checkpoint is being written while the newest one must stay (RELIABILITY 2).
+# One checkpoint is being written while the newest one must stay.
 CHECKPOINTS_AT_ONCE = 2
 VOCAB_SIZES = {"assets-4k": 4096}
 

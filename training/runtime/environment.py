@@ -176,7 +176,7 @@ def require_cuda_graphs(config: SigmaConfig, device: torch.device) -> None:
 def autocast_dtype(config: SigmaConfig, device: torch.device) -> torch.dtype | None:
     """Autocast type of the forward; None = fp32 without autocast. fp16 needs a GradScaler.
 
-    A CPU computes in fp32: bf16 has no fast path on AVX2 (PERFORMANCE 4).
+    A CPU computes in fp32: bf16 has no fast path on AVX2.
     """
     import torch
 

@@ -2,7 +2,7 @@
 
 A directory is a checkpoint from the moment `MANIFEST.json` stands in it, and only while every
 byte it lists is unchanged. A safetensors file accepts nearly every flipped bit, so nothing is
-built from a file before its sha256 has been compared (RELIABILITY sections 1 and 2).
+built from a file before its sha256 has been compared.
 """
 
 from __future__ import annotations

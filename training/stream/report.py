@@ -19,7 +19,7 @@ def stream_metrics(
     *,
     served: Mapping[str, int],
 ) -> dict[str, float]:
-    """Columns `data_*` of FLAGS.md, the same ones in every row of a run."""
+    """Columns `data_*`, the same ones in every row of a run."""
     total = max(1, sum(served.values()))
     row: dict[str, float] = {}
     for key, count in served.items():

@@ -1,4 +1,4 @@
-"""Defaults and profiles against the table of FLAGS.md, and the rules between settings."""
+"""Defaults and profiles against the table in flags_table.tsv, and the rules between settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLAGS = {flag.name: flag for flag in iter_flags(SigmaConfig)}
 with (Path(__file__).parent / "flags_table.tsv").open(encoding="utf-8") as table:
     ROWS = list(csv.DictReader(table, delimiter="\t"))
 
-# (flag, column) -> (value here, why it is not FLAGS.md's)
+# (flag, column) -> (value here, why it is not the table's)
 DEVIATIONS = {
     ("--optimizer", "type"): (
         "{adamw,muon,normuon,adamuon,soap,lion,galore-lion,gnprox,c3o}",
@@ -28,7 +28,7 @@ DEVIATIONS = {
     ),
     ("--optimizer", "default"): ("muon", "until c3o is measured to be better"),
     ("--optimizer", "exe"): ("muon", "until c3o is measured to be better"),
-    ("--c3o-base", "default"): ("muon", "FLAGS.md leaves it to measurement"),
+    ("--c3o-base", "default"): ("muon", "the table leaves it to measurement"),
     ("--c3o-state-dtype", "type"): ("{auto,fp32,bf16}", "fp16 underflows second moments"),
     ("--c3o-credit-enabled", "default"): ("off", "its ablation found no gain"),
     ("--c3o-credit-enabled", "exe"): ("off", "its ablation found no gain"),
@@ -42,7 +42,7 @@ DEVIATIONS = {
     },
     ("--torch-compile", "default"): ("off", "compiling takes minutes and no gain is measured"),
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
-    ("--residual-layout", "default"): ("two-stream", "FLAGS.md leaves it to measurement"),
+    ("--residual-layout", "default"): ("two-stream", "the table leaves it to measurement"),
     ("--mode", "type"): (
         "{train,plan,doctor,data,eval,generate,chat,export,report,support}",
         "watch does not exist yet",
@@ -75,7 +75,7 @@ DEVIATIONS = {
     ("--grpo-backend", "exe"): ("internal", "the frozen program goes without trl"),
     ("--data-backend", "default"): ("embedded", "no network use that nobody asked for"),
 }
-# Flags that FLAGS.md does not name, each with its effect in this program.
+# Flags that the table does not name, each with its effect in this program.
 ADDED = {
     "--json", "--grad-accum-steps", "--tie-embeddings", "--mamba-expand", "--mamba-head-dim",
     "--mamba-d-state", "--mamba-chunk-len", "--engram-enabled", "--engram-orders",

@@ -34,7 +34,7 @@ def drawn(*, rows: int = 6, columns: int = 5, seed: int = 0, distance: float = 0
 
 
 def gradient_by_hand(mode, log_probs, old, advantages, mask):
-    """d loss / d log pi, number by number, from the formulas of MECHANISMS 5.5."""
+    """d loss / d log pi, number by number, from the objectives' formulas."""
     rows, columns = log_probs.shape
     log_probs = log_probs.detach()
     lengths = mask.sum(1).tolist()

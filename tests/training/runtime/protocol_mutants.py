@@ -1,4 +1,4 @@
-"""The eight broken protocols of RELIABILITY R4, over real file operations, for strace to watch.
+"""The eight broken protocols of suite R4, over real file operations, for strace to watch.
 
 Each entry makes a store class and its operations; those that patch a module do so in the process
 they are made in, so they are made in a child that is thrown away.

@@ -171,7 +171,7 @@ def test_every_call_of_a_quarantine_fails_once(two_saved: Path, number: int) -> 
 def test_the_checker_sees_a_store_that_quarantines_what_it_cannot_read(
     two_saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Negative control: reading errors taken for damage, the mistake of RELIABILITY section 1."""
+    """Negative control: reading errors taken for damage, which costs sound checkpoints."""
     from training.runtime import manifest
 
     def confuse(ops, directory, *, fingerprint):

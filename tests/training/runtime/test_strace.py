@@ -56,7 +56,7 @@ def last(calls: Calls, *call: str) -> int:
 
 
 def check_order(calls: Calls) -> None:
-    """Steps 2 to 10 of the protocol in RELIABILITY section 2, as the system was asked for them."""
+    """Steps 2 to 10 of the protocol of saving, as the system was asked for them."""
     made = place(calls, "mkdir", NEW)
     flushed = made
     for file in FILES:
