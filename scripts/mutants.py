@@ -38,9 +38,9 @@ RUNTIME = "tests/training/runtime"
 CORNERS = f"{RUNTIME}/test_store_corners.py"
 STORE_TESTS = (
     f"{RUNTIME}/test_manifest.py", CORNERS, f"{RUNTIME}/test_checkpoint.py",
-    f"{RUNTIME}/test_atomic_io.py", f"{RUNTIME}/test_checkpoint_faults.py",
-    f"{RUNTIME}/test_power_loss.py", f"{RUNTIME}/test_checkpoint_corruption.py",
-    f"{RUNTIME}/test_save_schedule.py",
+    f"{RUNTIME}/test_atomic_io.py", f"{RUNTIME}/test_save_schedule.py",
+    f"{RUNTIME}/test_checkpoint_faults.py", f"{RUNTIME}/test_power_loss.py",
+    f"{RUNTIME}/test_checkpoint_corruption.py",
 )  # fmt: skip
 TESTS: dict[str, tuple[str, ...]] = {
     "training.runtime.checkpoint": STORE_TESTS,
@@ -52,7 +52,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         *STORE_TESTS[2:],
     ),
     "training.runtime.locks": (
-        CORNERS, f"{RUNTIME}/test_locks_and_signals.py", f"{RUNTIME}/test_run_lock_race.py",
+        f"{RUNTIME}/test_locks_and_signals.py", f"{RUNTIME}/test_run_lock_race.py",
     ),
     "training.rl.verdict": ("tests/training/rl/test_verdict.py",),
     "training.rl.verifier": ("tests/training/rl/test_verifier.py",),

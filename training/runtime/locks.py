@@ -6,6 +6,7 @@ in it would not. Who holds it is written beside the lock, for the message only.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -23,6 +24,8 @@ from training.runtime.redact import Redactor
 RUN_LOCK_NAME = "run.lock"
 CHECKPOINT_LOCK_NAME = "checkpoints.lock"
 OWNER_LIMIT_BYTES = 2**16
+# What a file system says that has none, or a network one whose lock service does not run.
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 
 
 class RunLock:
@@ -71,7 +74,9 @@ class RunLock:
                 f"{self.directory} is in use by {self._describe_owner()}; stop that run first or "
                 f"choose another {self._flags}"
             ) from None
-        except NotImplementedError:
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
             raise RuntimeError(
                 f"{self.directory} is on a file system without locks; choose a local directory"
             ) from None

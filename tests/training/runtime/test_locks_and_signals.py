@@ -1,9 +1,13 @@
 """One owner per directory; the first signal asks, the second ends; files are served once."""
 
+import errno
+import json
+import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +65,47 @@ def test_a_released_directory_is_free_again(tmp_path):
     for _ in range(3):
         with RunLock(tmp_path):
             pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="plays a POSIX file system")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A file that says "taken" would outlive a killed run, so it is no substitute."""
+    import fcntl
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RuntimeError, match="without locks; choose a local directory"):
+        RunLock(ram_path).acquire()
+
+
+def test_a_lock_whose_owner_cannot_be_written_holds(ram_path: Path) -> None:
+    (ram_path / "run.lock.json").mkdir()
+    with RunLock(ram_path):
+        with pytest.raises(RuntimeError, match="has not said who it is"):
+            RunLock(ram_path).acquire()
+    with RunLock(ram_path):
+        pass
+
+
+def test_an_owner_file_is_named_after_its_lock(ram_path: Path) -> None:
+    with RunLock(ram_path, name="other.lock") as lock:
+        assert lock.owner_path == ram_path / "other.lock.json"
+        assert {"other.lock", "other.lock.json"} <= {p.name for p in ram_path.iterdir()}
+        owner = json.loads((ram_path / "other.lock.json").read_text(encoding="utf-8"))
+        assert owner["host"] and owner["started_utc"].endswith("+00:00")
+        with RunLock(ram_path):
+            pass
+
+
+def test_another_failure_to_lock_is_told_as_it_is(ram_path: Path) -> None:
+    (ram_path / "run.lock").mkdir()
+    with pytest.raises(OSError, match=r"run\.lock"):
+        RunLock(ram_path).acquire()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")

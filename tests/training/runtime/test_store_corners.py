@@ -30,7 +30,6 @@ from training.runtime.checkpoint import (
     IncompatibleCheckpoint,
     UnreadableCheckpoint,
 )
-from training.runtime.locks import RunLock
 from training.runtime.manifest import (
     DamagedManifest,
     Verdict,
@@ -270,38 +269,6 @@ def test_a_group_name_must_be_a_file_name(ram_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'../up' cannot be a file name"):
         store.save(1, {"../up": {}}, {})
     store.close()
-
-
-def test_a_file_system_without_locks_is_refused(
-    ram_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lock = RunLock(ram_path)
-
-    def refuse() -> None:
-        raise NotImplementedError
-
-    monkeypatch.setattr(lock._lock, "acquire", refuse)
-    with pytest.raises(RuntimeError, match="without locks; choose a local directory"):
-        lock.acquire()
-
-
-def test_a_lock_whose_owner_cannot_be_written_holds(ram_path: Path) -> None:
-    (ram_path / "run.lock.json").mkdir()
-    with RunLock(ram_path):
-        with pytest.raises(RuntimeError, match="has not said who it is"):
-            RunLock(ram_path).acquire()
-    with RunLock(ram_path):
-        pass
-
-
-def test_an_owner_file_is_named_after_its_lock(ram_path: Path) -> None:
-    with RunLock(ram_path, name="other.lock") as lock:
-        assert lock.owner_path == ram_path / "other.lock.json"
-        assert {"other.lock", "other.lock.json"} <= {p.name for p in ram_path.iterdir()}
-        owner = json.loads((ram_path / "other.lock.json").read_text(encoding="utf-8"))
-        assert owner["host"] and owner["started_utc"].endswith("+00:00")
-        with RunLock(ram_path):
-            pass
 
 
 def test_a_file_in_the_place_of_a_directory_is_an_error(ram_path: Path) -> None:
