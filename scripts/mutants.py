@@ -37,7 +37,8 @@ LIMIT_S = 240.0
 RUNTIME = "tests/training/runtime"
 CORNERS = f"{RUNTIME}/test_store_corners.py"
 STORE_TESTS = (
-    f"{RUNTIME}/test_manifest.py", CORNERS, f"{RUNTIME}/test_checkpoint.py",
+    f"{RUNTIME}/test_manifest.py", CORNERS, f"{RUNTIME}/test_store_failures.py",
+    f"{RUNTIME}/test_checkpoint.py",
     f"{RUNTIME}/test_atomic_io.py", f"{RUNTIME}/test_save_schedule.py",
     f"{RUNTIME}/test_checkpoint_faults.py", f"{RUNTIME}/test_power_loss.py",
     f"{RUNTIME}/test_checkpoint_corruption.py",

@@ -67,6 +67,27 @@ def test_a_released_directory_is_free_again(tmp_path):
             pass
 
 
+def test_another_thread_may_give_a_directory_up(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    thread = threading.Thread(target=lock.release)
+    thread.start()
+    thread.join()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_to_ask_whether_a_directory_is_free_takes_and_makes_nothing(tmp_path):
+    RunLock(tmp_path / "new").check_free()
+    assert not (tmp_path / "new").exists()
+    with RunLock(tmp_path):
+        with pytest.raises(RuntimeError, match="is in use by process"):
+            RunLock(tmp_path).check_free()
+    RunLock(tmp_path).check_free()
+    with RunLock(tmp_path):
+        pass
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="plays a POSIX file system")
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_refused(

@@ -1,0 +1,113 @@
+"""What a store does when something fails that it can live with, and what it says of it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.runtime.faults import HookedOps, QuietOps, example, open_store, save_steps
+from training.runtime.checkpoint import CheckpointError, UnreadableCheckpoint
+
+
+class Failing(HookedOps):
+    """Operations of `names` on paths that contain `part` fail with `number`."""
+
+    def __init__(self, number: int, part: str, *names: str) -> None:
+        self.number, self.part, self.names = number, part, names
+
+    def before(self, name: str, args: tuple[Any, ...]) -> None:
+        if name in self.names and self.part in str(args[0]):
+            raise OSError(self.number, os.strerror(self.number))
+
+
+def test_an_unreadable_newest_one_is_not_replaced_by_an_older(ram_path: Path) -> None:
+    """To resume an older one would train a stretch anew for a disk that answers a minute later."""
+    save_steps(ram_path, 1, 2)
+    store = open_store(ram_path, ops=Failing(errno.EIO, "00000002/model", "open_read"))
+    with pytest.raises(UnreadableCheckpoint, match=r"00000002 cannot be read: .*Nothing was moved"):
+        store.load_newest()
+    store.close()
+    assert not (ram_path / "quarantine").exists()
+
+
+def test_the_failure_of_a_save_is_taken_once_it_is_there(ram_path: Path) -> None:
+    gate = threading.Event()
+
+    class Waiting(HookedOps):
+        def before(self, name: str, args: tuple[Any, ...]) -> None:
+            if name == "create":
+                assert gate.wait(60)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    store = open_store(ram_path, ops=Waiting())
+    assert store.take_failure() is None
+    store.save(1, *example(1))
+    assert store.take_failure() is None  # under way: nobody waits for it
+    gate.set()
+    assert store._pending is not None
+    store._pending.exception(timeout=60)
+    failure = store.take_failure()
+    assert isinstance(failure, CheckpointError) and "step 1 could not be saved" in str(failure)
+    assert store.take_failure() is None
+    store.close()
+
+
+def test_leftovers_that_cannot_be_removed_are_said_and_no_obstacle(
+    ram_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = ram_path / "checkpoint_step_00000009"
+    left.mkdir()
+    (left / "state.json").touch()
+    store = open_store(ram_path, ops=Failing(errno.EACCES, "00000009", "remove"))
+    with caplog.at_level(logging.WARNING):
+        store.save(1, *example(1), block=True)
+    store.close()
+    assert f"unfinished {left} could not be removed: Permission denied" in caplog.text
+    assert store.last_saved_step == 1
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_what_becomes_of_a_damaged_one_is_said(
+    ram_path: Path, caplog: pytest.LogCaptureFixture, moves: bool
+) -> None:
+    save_steps(ram_path, 1, 2)
+    (ram_path / "checkpoint_step_00000002" / "state.json").unlink()
+    names = [] if moves else ["move_dir"]
+    store = open_store(ram_path, ops=Failing(errno.EROFS, "00000002", *names))
+    with caplog.at_level(logging.WARNING):
+        assert store.load_newest() is not None
+    store.close()
+    why = "(state.json is missing)"
+    assert why in caplog.text and store.quarantine_count == 1
+    said = "was moved to" if moves else "could not be moved: Read-only file system"
+    assert said in caplog.text
+
+
+def test_the_flushes_of_a_deletion_come_before_its_files_go(ram_path: Path) -> None:
+    """Else a power loss could leave the manifest of a checkpoint whose files are gone."""
+    done: list[tuple[str, str]] = []
+
+    class Recording(QuietOps):
+        def sync_dir(self, path: Path) -> None:
+            done.append(("sync", path.name))
+
+        def remove(self, path: Path) -> None:
+            super().remove(path)
+            done.append((path.name, path.parent.name))
+
+    store = open_store(ram_path, ops=Recording(), keep=2)
+    for step in (1, 2, 3):
+        store.save(step, *example(step), block=True)
+    store.close()
+    name = "checkpoint_step_00000001"
+    of_it = done[done.index(("MANIFEST.json", name)) :]
+    assert of_it[1] == ("sync", name)
+    assert {what for what, where in of_it[2:] if where == name} == {
+        "model.safetensors", "optimizer.safetensors", "state.json",
+    }  # fmt: skip
