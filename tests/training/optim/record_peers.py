@@ -20,6 +20,8 @@ from training.optim.muon import orthogonalize
 
 HERE = Path(__file__).parent
 SHAPES = ((12, 8), (6, 10))
+SPACED_SHAPES = ((8, 8), (6, 6), (6, 10))
+MAX_SIDE = 8  # of a basis: the last shape has one on its left only
 STEPS = 12
 KEPT = (1, 5, 12)  # after these steps
 PACKAGES = ("lion-pytorch", "pytorch-optimizer")
@@ -33,7 +35,26 @@ def problem() -> tuple[list[torch.nn.Parameter], list[list[torch.Tensor]]]:
     return params, grads
 
 
-def trajectory(make) -> dict[str, list[list[float]]]:
+def spaced_problem() -> tuple[list[torch.nn.Parameter], list[list[torch.Tensor]]]:
+    """The same for bases of eigenvectors: sides have full rank and singular values a distance.
+
+    A basis of eigenvectors whose values are equal (those of a null space, above all) is anybody's
+    choice: another processor's library makes another one, and the steps go other ways.
+    """
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(shape: tuple[int, int]) -> torch.Tensor:
+        left, _, right = torch.linalg.svd(
+            torch.randn(shape, generator=generator), full_matrices=False
+        )
+        return left * torch.linspace(0.5, 2.0, min(shape)) @ right
+
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SPACED_SHAPES]
+    grads = [[draw(shape) for shape in SPACED_SHAPES] for _ in range(STEPS)]
+    return params, grads
+
+
+def trajectory(make, problem=problem) -> dict[str, list[list[float]]]:
     """Parameters after the kept steps, flattened, of the optimizer that make(params) gives."""
     params, grads = problem()
     optimizer = make(params)
@@ -45,6 +66,9 @@ def trajectory(make) -> dict[str, list[list[float]]]:
         if step in KEPT:
             kept[str(step)] = [param.detach().flatten().tolist() for param in params]
     return kept
+
+
+PROBLEMS = {"soap": spaced_problem}
 
 
 def peers() -> dict:
@@ -72,7 +96,12 @@ def peers() -> dict:
             [{"params": p, "use_muon": True}], lr=0.02, betas=(0.0, 0.95), **decay, **single
         ),
         "soap": lambda p: SOAP(
-            p, lr=0.01, betas=(0.95, 0.95), precondition_frequency=3, weight_decay=0.0
+            p,
+            lr=0.01,
+            betas=(0.95, 0.95),
+            precondition_frequency=3,
+            weight_decay=0.0,
+            max_precondition_dim=MAX_SIDE,
         ),
     }
 
@@ -80,7 +109,9 @@ def peers() -> dict:
 def main() -> None:
     record = {
         "versions": {name: version(name) for name in PACKAGES},
-        "trajectories": {name: trajectory(make) for name, make in peers().items()},
+        "trajectories": {
+            name: trajectory(make, PROBLEMS.get(name, problem)) for name, make in peers().items()
+        },
     }
     (HERE / "peers.json").write_text(json.dumps(record), encoding="utf-8")
 

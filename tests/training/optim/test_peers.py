@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.optim.record_peers import KEPT, trajectory
+from tests.training.optim.record_peers import KEPT, MAX_SIDE, PROBLEMS, problem, trajectory
 from training.optim.adamuon import AdaMuon
 from training.optim.adamw import AdamW
 from training.optim.lion import Lion
@@ -20,7 +20,7 @@ OURS = {
     "muon": lambda p: Muon(p, lr=0.02, momentum=0.9, weight_decay=0.1),
     "normuon": lambda p: NorMuon(p, lr=0.02, momentum=0.9, weight_decay=0.1),
     "adamuon": lambda p: AdaMuon(p, lr=0.02, momentum=0.0, weight_decay=0.1),
-    "soap": lambda p: Soap(p, lr=0.01, refresh=3),
+    "soap": lambda p: Soap(p, lr=0.01, refresh=3, max_side=MAX_SIDE),
 }
 
 
@@ -35,9 +35,10 @@ def assert_same(found, expected, *, tolerance):
 @pytest.mark.parametrize("name", OURS)
 def test_steps_are_those_of_the_peer(name):
     assert set(PEERS["trajectories"]) == set(OURS)
-    # SOAP turns its basis by eigenvectors of fp32 matrices, hence the wider margin.
-    tolerance = 1e-4 if name == "soap" else 2e-6
-    assert_same(trajectory(OURS[name]), PEERS["trajectories"][name], tolerance=tolerance)
+    # SOAP turns its basis by eigenvectors, which differ more between libraries of linear algebra.
+    tolerance = 1e-5 if name == "soap" else 2e-6
+    found = trajectory(OURS[name], PROBLEMS.get(name, problem))
+    assert_same(found, PEERS["trajectories"][name], tolerance=tolerance)
 
 
 def test_lion_is_the_peers_to_the_bit():

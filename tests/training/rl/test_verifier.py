@@ -203,8 +203,9 @@ def test_a_time_limit_must_be_positive():
 
 
 def test_every_task_needs_its_completion(mathematics):
-    with pytest.raises(ValueError):
-        mathematics.verify(drawn(["add"]), ["1"], rng=random.Random(0))
+    for judge in (mathematics.judge, mathematics.verify):
+        with pytest.raises(ValueError):
+            judge(drawn(["add"]), ["1"], rng=random.Random(0))
 
 
 ATTACKS = (
