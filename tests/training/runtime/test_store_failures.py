@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.training.runtime.faults import HookedOps, QuietOps, example, open_store, save_steps
 from training.runtime.checkpoint import CheckpointError, UnreadableCheckpoint
@@ -34,6 +35,37 @@ def test_an_unreadable_newest_one_is_not_replaced_by_an_older(ram_path: Path) ->
         store.load_newest()
     store.close()
     assert not (ram_path / "quarantine").exists()
+
+
+def test_why_it_cannot_be_read_is_said_in_the_system_s_words(ram_path: Path) -> None:
+    save_steps(ram_path, 1)
+    for error, words in ((OSError(errno.EIO, "no answer"), "no answer"), (OSError("odd"), "odd")):
+
+        class Mute(QuietOps):
+            def map_file(self, path: Path) -> Any:
+                raise error  # noqa: B023
+
+        store = open_store(ram_path, ops=Mute())
+        with pytest.raises(UnreadableCheckpoint) as caught:
+            store.load_newest()
+        store.close()
+        path = ram_path / "checkpoint_step_00000001"
+        assert str(caught.value) == f"{path} cannot be read: {words}. Nothing was moved"
+
+
+def test_a_full_disk_is_told_in_figures(ram_path: Path) -> None:
+    class Small(QuietOps):
+        def free_bytes(self, path: Path) -> int:
+            return 3 * 2**19
+
+    store = open_store(ram_path, ops=Small())
+    with pytest.raises(CheckpointError) as caught:
+        store.save(7, {"model": {"w": torch.zeros(2**18)}}, {}, block=True)
+    store.close()
+    assert str(caught.value) == (
+        f"step 7 could not be saved to {ram_path}: disk full, 1.5 MiB free, 2.0 MiB needed; free "
+        "some space or use another --checkpoint-dir. Older checkpoints are kept"
+    )
 
 
 def test_the_failure_of_a_save_is_taken_once_it_is_there(ram_path: Path) -> None:
