@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.runtime.fake_console import FakeConsole
+from tests.training.runtime.faults import CountingOps
 from training.runtime.console import ConsoleClose
 from training.runtime.locks import RunLock
 from training.runtime.signals import StopRequest
@@ -75,6 +76,15 @@ def test_another_thread_may_give_a_directory_up(tmp_path):
     thread.join()
     with RunLock(tmp_path):
         pass
+
+
+def test_who_holds_a_directory_need_not_survive_a_power_loss(tmp_path):
+    """So no start waits for a disk because of it."""
+    lock = RunLock(tmp_path)
+    lock._ops = ops = CountingOps()
+    with lock:
+        assert "replace" in ops.calls
+    assert not {"fsync", "sync_dir"} & set(ops.calls)
 
 
 def test_to_ask_whether_a_directory_is_free_takes_and_makes_nothing(tmp_path):

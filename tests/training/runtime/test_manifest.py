@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-from tests.training.runtime.faults import FINGERPRINT, contents, open_store, save_steps
+import pytest
+
+from tests.training.runtime.faults import (
+    FINGERPRINT,
+    assert_is_example,
+    contents,
+    example,
+    open_store,
+    save_steps,
+)
+from training.runtime import checkpoint
 from training.runtime.atomic_io import FileOps
 from training.runtime.manifest import read_manifest
+from training.runtime.tensor_file import split_shards
 
 
 def body_of(directory: Path, step: int) -> dict:
@@ -52,3 +65,31 @@ def test_a_checkpoint_that_was_resumed_counts_as_verified(ram_path: Path) -> Non
     store.close()
     steps = {name.partition("/")[0][-8:] for name in contents(ram_path)}
     assert steps == {"00000002", "00000003"}
+
+
+def test_large_groups_are_split_over_numbered_files(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "split_shards", partial(split_shards, shard_bytes=70))
+    save_steps(ram_path, 1)
+    path = ram_path / "checkpoint_step_00000001"
+    assert sorted(file.name for file in path.glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "optimizer.safetensors",
+    ]
+    found = open_store(ram_path)
+    resumed = found.load_newest()
+    found.close()
+    assert resumed is not None
+    assert_is_example(resumed)
+
+
+def test_how_long_a_save_took_is_told(ram_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=clock.__next__))
+    store = open_store(ram_path)
+    assert store.last_save_seconds == 0.0
+    store.save(1, *example(1), block=True)
+    store.close()
+    assert store.last_save_seconds == 2.5
