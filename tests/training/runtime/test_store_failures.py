@@ -143,3 +143,27 @@ def test_the_flushes_of_a_deletion_come_before_its_files_go(ram_path: Path) -> N
     assert {what for what, where in of_it[2:] if where == name} == {
         "model.safetensors", "optimizer.safetensors", "state.json",
     }  # fmt: skip
+
+
+def test_a_directory_that_cannot_be_listed_costs_no_checkpoint(
+    ram_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Deaf(QuietOps):
+        is_saved = False
+
+        def replace(self, source: Path, target: Path) -> None:
+            super().replace(source, target)
+            self.is_saved = True
+
+        def list_dir(self, path: Path) -> dict[str, bool]:
+            if self.is_saved and path == ram_path:
+                raise OSError(errno.EIO, "no answer")
+            return super().list_dir(path)
+
+    save_steps(ram_path, 1, 2)
+    store = open_store(ram_path, ops=Deaf(), keep=2)
+    with caplog.at_level(logging.WARNING):
+        store.save(3, *example(3), block=True)
+    store.close()
+    assert "no old checkpoint was deleted: checkpoints in" in caplog.text
+    assert len(list(ram_path.glob("checkpoint_step_*"))) == 3
