@@ -165,12 +165,13 @@ def test_a_file_can_be_read_changed_and_appended_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
-def test_files_are_made_as_the_user_s_mask_wants_them(tmp_path: Path) -> None:
-    before = os.umask(0o027)
+@pytest.mark.parametrize(("mask", "mode"), [(0o027, 0o640), (0, 0o666)])
+def test_files_are_made_as_the_user_s_mask_wants_them(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
     try:
         for name, make in (("a", FileOps().create), ("b", FileOps().open_append)):
             os.close(make(tmp_path / name))
-            assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+            assert (tmp_path / name).stat().st_mode & 0o777 == mode
     finally:
         os.umask(before)
 

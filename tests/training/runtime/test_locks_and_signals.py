@@ -93,7 +93,8 @@ def test_to_ask_whether_a_directory_is_free_takes_and_makes_nothing(tmp_path):
     with RunLock(tmp_path):
         with pytest.raises(RuntimeError, match="is in use by process"):
             RunLock(tmp_path).check_free()
-    RunLock(tmp_path).check_free()
+    asked = RunLock(tmp_path)
+    asked.check_free()  # and keeps nothing, though it still exists
     with RunLock(tmp_path):
         pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,15 @@ def test_the_schema_is_number_one(ram_path: Path) -> None:
     """Another number means that a program of today cannot read it: it is part of the format."""
     save_steps(ram_path, 1)
     assert body_of(ram_path, 1)["schema"] == 1
+
+
+def test_fields_are_sorted_and_nothing_is_spaced(ram_path: Path) -> None:
+    """A program that seals the same content otherwise would call each other's manifests damaged."""
+    save_steps(ram_path, 1)
+    text = (ram_path / "checkpoint_step_00000001" / "MANIFEST.json").read_text("utf-8")
+    body = json.dumps(json.loads(text)["body"], sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    assert text == f'{{"body":{body},"sha256":"{digest}"}}\n'
 
 
 def test_saves_are_numbered_from_one_over_all_lives(ram_path: Path) -> None:

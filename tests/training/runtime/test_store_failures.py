@@ -167,3 +167,14 @@ def test_a_directory_that_cannot_be_listed_costs_no_checkpoint(
     store.close()
     assert "no old checkpoint was deleted: checkpoints in" in caplog.text
     assert len(list(ram_path.glob("checkpoint_step_*"))) == 3
+
+
+def test_folders_of_other_names_are_left_alone(ram_path: Path) -> None:
+    """Also where they hold nothing but what a checkpoint may hold, or nothing at all."""
+    (ram_path / "mine").mkdir()
+    (ram_path / "mine" / "model.safetensors").touch()
+    (ram_path / "empty").mkdir()
+    (ram_path / "checkpoint_step_00000008").touch()  # a file
+    save_steps(ram_path, 1)
+    assert (ram_path / "mine" / "model.safetensors").exists() and (ram_path / "empty").is_dir()
+    assert (ram_path / "checkpoint_step_00000008").is_file()
