@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from training.rl.sandbox_child import decode, encode
 from training.rl.sandbox_job import ENDED, OVERSIZE, PROGRAM_LIMIT_CHARS, TIMEOUT, Reply
-from training.rl.verdict import CodeTask, decide, draw_exam, judge, judge_many, values_equal
+from training.rl.verdict import (
+    MALFORMED,
+    RAISED,
+    WRONG,
+    CodeTask,
+    decide,
+    draw_exam,
+    judge,
+    judge_many,
+    values_equal,
+)
 
 SCALARS = st.one_of(
     st.none(),
@@ -204,7 +214,8 @@ HOSTILE = (
 @pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_forged_reply_can_only_fail(line):
     exam = draw_exam(TASK, "x", rng=random.Random(0))
-    assert not decide(TASK, exam, reply_of([line, *right_lines(exam)[1:]])).passed
+    verdict = decide(TASK, exam, reply_of([line, *right_lines(exam)[1:]]))
+    assert not verdict.passed and verdict.reason in (WRONG, RAISED, MALFORMED)
 
 
 @given(st.binary(max_size=200))

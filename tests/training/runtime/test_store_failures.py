@@ -169,6 +169,26 @@ def test_a_directory_that_cannot_be_listed_costs_no_checkpoint(
     assert len(list(ram_path.glob("checkpoint_step_*"))) == 3
 
 
+@pytest.mark.parametrize("is_damaged", [True, False])
+def test_what_reads_back_wrong_is_set_aside_only_if_it_is_damaged(
+    ram_path: Path, is_damaged: bool
+) -> None:
+    """A disk that does not answer says nothing about what stands on it."""
+
+    class Failing(QuietOps):
+        def read(self, descriptor: int, size: int) -> bytes:
+            if not is_damaged:
+                raise OSError(errno.EIO, "no answer")
+            return bytes(len(super().read(descriptor, size)))
+
+    store = open_store(ram_path, ops=Failing())
+    with pytest.raises(CheckpointError, match="corrupt" if is_damaged else "unreadable"):
+        store.save(1, *example(1), block=True)
+    store.close()
+    assert store.quarantine_count == is_damaged
+    assert (ram_path / "checkpoint_step_00000001").exists() != is_damaged
+
+
 def test_folders_of_other_names_are_left_alone(ram_path: Path) -> None:
     """Also where they hold nothing but what a checkpoint may hold, or nothing at all."""
     (ram_path / "mine").mkdir()
