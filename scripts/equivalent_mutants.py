@@ -1,12 +1,18 @@
 """Mutants that change nothing a test could notice, each with the reason; read by mutants.py."""
 
 _BOUND = "a bound against misuse, far above what is in use: one more, or twice it, is as good"
-VERDICT, LOCKS, MANIFEST, RESTORE = (
+VERDICT, LOCKS, MANIFEST, RESTORE, ATOMIC_IO, CHECKPOINT = (
     "training.rl.verdict",
     "training.runtime.locks",
     "training.runtime.manifest",
     "training.runtime.restore",
+    "training.runtime.atomic_io",
+    "training.runtime.checkpoint",
 )
+_READ_LOOP = (
+    "while size < limit and (part := ops.read(descriptor, min(CHUNK_BYTES, limit - size))):"
+)
+_NO_BINARY = "there is no O_BINARY here, and "
 _CONSTANT = "if task.num_cases == 1 or not all(values_equal(expected[0], one) for one in expected):"
 _LIMIT = "MANIFEST_LIMIT_BYTES = 4 * 2**20"
 
@@ -42,4 +48,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if found.verdict is Verdict.VALID and found.manifest is not None:",
         "and -> or",
     ): "without a fingerprint to compare, a manifest comes with VALID and with nothing else",
+    (ATOMIC_IO, "CHUNK_BYTES = 4 * 2**20", "4 plus 1"): "how much is asked for at once",
+    (ATOMIC_IO, "CHUNK_BYTES = 4 * 2**20", "2 plus 1"): "how much is asked for at once",
+    (ATOMIC_IO, "CHUNK_BYTES = 4 * 2**20", "20 plus 1"): "how much is asked for at once",
+    (ATOMIC_IO, _READ_LOOP, "Lt -> LtE"): "at the limit 0 bytes are asked for, which end the loop",
+    (
+        ATOMIC_IO,
+        '_CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)',
+        "0 plus 1",
+    ): f"{_NO_BINARY}1 is O_WRONLY, which is set",
+    (
+        ATOMIC_IO,
+        '_READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)',
+        "BitOr -> BitAnd",
+    ): f"{_NO_BINARY}O_RDONLY is 0 as well",
+    (CHECKPOINT, "MAX_REVISIONS = 10_000", "10000 plus 1"): _BOUND,
 }

@@ -87,6 +87,14 @@ def test_who_holds_a_directory_need_not_survive_a_power_loss(tmp_path):
     assert not {"fsync", "sync_dir"} & set(ops.calls)
 
 
+def test_a_lock_makes_its_directory_durably_and_waits_for_nobody(tmp_path):
+    lock = RunLock(tmp_path / "new" / "run")
+    lock._ops = ops = CountingOps()
+    assert lock._lock.timeout == 0
+    with lock:
+        assert ops.calls.count("make_dir") == 2
+
+
 def test_to_ask_whether_a_directory_is_free_takes_and_makes_nothing(tmp_path):
     RunLock(tmp_path / "new").check_free()
     assert not (tmp_path / "new").exists()
