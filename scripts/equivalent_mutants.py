@@ -63,4 +63,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "BitOr -> BitAnd",
     ): f"{_NO_BINARY}O_RDONLY is 0 as well",
     (CHECKPOINT, "MAX_REVISIONS = 10_000", "10000 plus 1"): _BOUND,
+    (
+        RESTORE,
+        "super().__init__(message)",
+        "left out: super().__init__(message)",
+    ): "an exception keeps its message when it is made, before that call",
 }

@@ -257,6 +257,19 @@ def test_a_full_disk_of_unknown_size_is_said_so(ram_path: Path) -> None:
     store.close()
 
 
+def test_a_name_that_was_left_behind_and_is_free_again_counts(ram_path: Path) -> None:
+    """`start_anew` leaves checkpoints of a run before this one, not whatever comes to be there."""
+    save_steps(ram_path, 1)
+    store = open_store(ram_path)
+    store.start_anew()
+    assert store.load_newest() is None
+    remove_tree(QuietOps(), ram_path / NAME)
+    store.save(1, *example(1), block=True)
+    found = store.load_newest()
+    store.close()
+    assert found is not None and found.path.name == NAME
+
+
 def test_a_store_that_was_never_used_closes(ram_path: Path) -> None:
     store = open_store(ram_path / "new")
     store.close()
