@@ -68,4 +68,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "super().__init__(message)",
         "left out: super().__init__(message)",
     ): "an exception keeps its message when it is made, before that call",
+    (
+        ATOMIC_IO,
+        'if sys.platform == "darwin":',
+        "condition negated: sys.platform == 'darwin'",
+    ): "of the import: a module is loaded that only a Mac uses",
 }

@@ -83,7 +83,7 @@ class RunLock:
 
     def release(self) -> None:
         try:
-            self.owner_path.unlink(missing_ok=True)
+            self.owner_path.unlink()
         except OSError:
             pass
         self._lock.release()
