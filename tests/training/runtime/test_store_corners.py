@@ -257,6 +257,14 @@ def test_a_full_disk_of_unknown_size_is_said_so(ram_path: Path) -> None:
     store.close()
 
 
+def test_to_start_anew_takes_the_directory(ram_path: Path) -> None:
+    store = open_store(ram_path / "new")
+    store.start_anew()
+    with pytest.raises(RuntimeError, match="is in use by"):
+        open_store(ram_path / "new").open()
+    store.close()
+
+
 def test_a_name_that_was_left_behind_and_is_free_again_counts(ram_path: Path) -> None:
     """`start_anew` leaves checkpoints of a run before this one, not whatever comes to be there."""
     save_steps(ram_path, 1)
