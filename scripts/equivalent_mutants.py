@@ -9,6 +9,7 @@ VERDICT, LOCKS, MANIFEST, RESTORE, ATOMIC_IO, CHECKPOINT = (
     "training.runtime.atomic_io",
     "training.runtime.checkpoint",
 )
+SNAPSHOT = "training.runtime.snapshot"
 _READ_LOOP = (
     "while size < limit and (part := ops.read(descriptor, min(CHUNK_BYTES, limit - size))):"
 )
@@ -78,4 +79,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "make_dirs(self._ops, self.directory)",
         "left out: make_dirs(self._ops, self.directory)",
     ): "the lock makes its directory itself; this one lets tests see the order of calls",
+    (RESTORE, "continue", "left out: continue"): "the loop's body ends there",
+    (
+        SNAPSHOT,
+        'return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()',
+        "False -> True",
+    ): "split_state has put what is not finite into words already",
 }

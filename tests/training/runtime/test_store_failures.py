@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,34 @@ def test_the_failure_of_a_save_is_taken_once_it_is_there(ram_path: Path) -> None
     failure = store.take_failure()
     assert isinstance(failure, CheckpointError) and "step 1 could not be saved" in str(failure)
     assert store.take_failure() is None
+    store.close()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="interrupts itself by an alarm")
+def test_an_interrupted_wait_forgets_no_failure(ram_path: Path) -> None:
+    gate = threading.Event()
+
+    class Waiting(HookedOps):
+        def before(self, name: str, args: tuple[Any, ...]) -> None:
+            if name == "create":
+                assert gate.wait(60)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    store = open_store(ram_path, ops=Waiting())
+    store.save(1, *example(1))
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            store.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        gate.set()
+    with pytest.raises(CheckpointError, match="step 1 could not be saved"):
+        store.wait()
     store.close()
 
 
