@@ -150,6 +150,24 @@ def test_what_becomes_of_a_damaged_one_is_said(
     assert said in caplog.text
 
 
+def test_a_damaged_one_is_moved_durably(ram_path: Path) -> None:
+    save_steps(ram_path, 1)
+    (ram_path / "checkpoint_step_00000001" / "state.json").unlink()
+    done: list[tuple[str, Path]] = []
+
+    class Recording(HookedOps):
+        def before(self, name: str, args: tuple[Any, ...]) -> None:
+            if name in ("move_dir", "sync_dir"):
+                done.append((name, args[0]))
+
+    store = open_store(ram_path, ops=Recording())
+    assert store.load_newest() is None
+    store.close()
+    moved = done.index(("move_dir", ram_path / "checkpoint_step_00000001"))
+    home = ram_path / "quarantine"
+    assert done[moved + 1 :] == [("sync_dir", home), ("sync_dir", ram_path)]
+
+
 def test_the_flushes_of_a_deletion_come_before_its_files_go(ram_path: Path) -> None:
     """Else a power loss could leave the manifest of a checkpoint whose files are gone."""
     done: list[tuple[str, str]] = []
