@@ -85,4 +85,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()',
         "False -> True",
     ): "split_state has put what is not finite into words already",
+    (
+        VERDICT,
+        "if not (math.isfinite(expected) and math.isfinite(actual)):",
+        "and -> or",
+    ): "math.isclose says the same where one of the two is not finite",
+    (
+        CHECKPOINT,
+        'self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")',
+        "1 plus 1",
+    ): "one save is under way at most",
 }

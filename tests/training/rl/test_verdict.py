@@ -91,8 +91,8 @@ def test_values_that_are_equal_have_equal_text(left, right):
     ],
 )
 def test_a_neighbour_is_not_the_value(expected, actual):
-    assert not values_equal(expected, actual, rel_tol=1.0, abs_tol=0.0)
-    assert not values_equal(actual, expected, rel_tol=1.0, abs_tol=0.0)
+    assert values_equal(expected, actual, rel_tol=1.0, abs_tol=0.0) is False
+    assert values_equal(actual, expected, rel_tol=1.0, abs_tol=0.0) is False
 
 
 def test_zero_has_no_sign_inside_a_set_either():

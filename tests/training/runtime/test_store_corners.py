@@ -260,6 +260,7 @@ def test_a_full_disk_of_unknown_size_is_said_so(ram_path: Path) -> None:
 def test_to_start_anew_takes_the_directory(ram_path: Path) -> None:
     store = open_store(ram_path / "new")
     store.start_anew()
+    assert store.open() is store  # as `with closing(store.open())` wants it
     with pytest.raises(RuntimeError, match="is in use by"):
         open_store(ram_path / "new").open()
     store.close()
