@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,6 +256,12 @@ def test_a_full_disk_of_unknown_size_is_said_so(ram_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"disk full, unknown free, 0.0 MiB needed"):
         store.save(1, *example(1), block=True)
     store.close()
+
+
+def test_a_closed_store_leaves_no_thread(ram_path: Path) -> None:
+    before = set(threading.enumerate())
+    save_steps(ram_path, 1)
+    assert set(threading.enumerate()) <= before
 
 
 def test_to_start_anew_takes_the_directory(ram_path: Path) -> None:
