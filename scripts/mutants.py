@@ -309,7 +309,7 @@ def run(
     What `state` says was noticed is not tried again; survivors are, because tests may be new. With
     the first `num_files` test files of a module alone the share is a lower bound.
     """
-    import pytest  # loaded once, for all forks
+    import pytest  # noqa: F401  loaded once, for all forks
     import torch
 
     torch.set_num_threads(1)
@@ -334,6 +334,17 @@ def run(
         elif state:
             with state.open("a", encoding="utf-8") as file:
                 file.write(f"{mutant.key}\n")
+    return report_of(pool, tried, survivors) | {
+        "seed": seed,
+        "tests": suites,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def report_of(
+    pool: Sequence[Mutant], tried: dict[str, int], survivors: Sequence[Mutant]
+) -> dict[str, Any]:
+    """What became of a pool: survivors by name, those that are equivalent apart with the reason."""
     # Only now, when all forks have ended: it imports what the mutants are made of.
     from scripts.soak import code_version, machine_text
 
@@ -341,8 +352,6 @@ def run(
     return {
         "suite": "R25",
         "what": "mutants of the crash-safety modules against their tests",
-        "seed": seed,
-        "tests": suites,
         "mutants": len(pool),
         "tried": tried,
         "trials": total,
@@ -350,8 +359,6 @@ def run(
         "survivors": sorted(mutant.name for mutant in missed),
         "equivalent": {m.name: m.equivalent for m in survivors if m.equivalent},
         "complete": total == len(pool),
-        "seconds": round(time.monotonic() - start, 1),
-        "pytest": pytest.__version__,
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": code_version(),
         "machine": machine_text(),
