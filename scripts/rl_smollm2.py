@@ -53,7 +53,7 @@ class DealtAtRandom:
         self, tasks: Sequence[Task], completions: Sequence[str], *, rng: random.Random
     ) -> list[Judgement]:
         judgements = self._verifier.verify(tasks, completions, rng=rng)
-        for task in set(task.prompt for task in tasks):
+        for task in dict.fromkeys(task.prompt for task in tasks):  # in one order in every process
             places = [number for number, one in enumerate(tasks) if one.prompt == task]
             dealt = [judgements[number] for number in places]
             rng.shuffle(dealt)

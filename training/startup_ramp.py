@@ -1,4 +1,4 @@
-"""When what stands above plain training starts in a run, and how RL comes up to speed (7.5).
+"""When what stands above plain training starts in a run, and how RL comes up to speed.
 
 Two rules. Reinforcement learning, replay, adapters and the controllers (self-improver, rule, trials
 of overlays) do nothing until so many batches of real data have been trained on, at the latest until
