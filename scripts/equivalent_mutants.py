@@ -95,4 +95,5 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")',
         "1 plus 1",
     ): "one save is under way at most",
+    (CHECKPOINT, "self._last_bytes = 0", "0 plus 1"): "any state is larger than a byte",
 }

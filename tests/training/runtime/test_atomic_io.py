@@ -199,12 +199,13 @@ def test_what_is_written_comes_in_chunks(tmp_path: Path, monkeypatch: pytest.Mon
     assert sizes == [4, 4, 4, 4, 1]
 
 
-@pytest.mark.parametrize("durable", [True, False])
-def test_only_what_must_last_is_flushed(tmp_path: Path, durable: bool) -> None:
+@pytest.mark.parametrize("durable", [None, True, False])
+def test_only_what_must_last_is_flushed(tmp_path: Path, durable: bool | None) -> None:
     ops = CountingOps()
-    replace_file(ops, tmp_path / "file", b"data", durable=durable)
+    setting = {} if durable is None else {"durable": durable}
+    replace_file(ops, tmp_path / "file", b"data", **setting)
     flushes = [name for name in ops.calls if name in ("fsync", "drop_cache", "sync_dir")]
-    assert flushes == (["fsync", "drop_cache", "sync_dir"] if durable else [])
+    assert flushes == ([] if durable is False else ["fsync", "drop_cache", "sync_dir"])
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="asks a POSIX system")

@@ -56,13 +56,20 @@ def test_why_it_cannot_be_read_is_said_in_the_system_s_words(ram_path: Path) -> 
 
 def test_a_full_disk_is_told_in_figures(ram_path: Path) -> None:
     class Small(QuietOps):
-        def free_bytes(self, path: Path) -> int:
-            return 3 * 2**19
+        free = 3 * 2**19
 
-    store = open_store(ram_path, ops=Small())
+        def free_bytes(self, path: Path) -> int:
+            return self.free
+
+    ops = Small()
+    store = open_store(ram_path, ops=ops)
     with pytest.raises(CheckpointError) as caught:
         store.save(7, {"model": {"w": torch.zeros(2**18)}}, {}, block=True)
+    assert caught.value.needed_bytes is not None
+    ops.free = caught.value.needed_bytes  # just enough
+    store.save(7, {"model": {"w": torch.zeros(2**18)}}, {}, block=True)
     store.close()
+    assert store.last_saved_step == 7
     assert str(caught.value) == (
         f"step 7 could not be saved to {ram_path}: disk full, 1.5 MiB free, 2.0 MiB needed; free "
         "some space or use another --checkpoint-dir. Older checkpoints are kept"
