@@ -72,6 +72,7 @@ class EProcess:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as a test with this past; the lists are copied."""
         self.scale, self.value = state["scale"], state["value"]
         self.differences, self._stakes = list(state["differences"]), list(state["stakes"])
 

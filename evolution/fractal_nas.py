@@ -62,9 +62,13 @@ class Nursery(Protocol):
         """Train with about so many operations; the probe loss and the operations it really took."""
         ...
 
-    def cost(self, genome: Genome) -> Cost: ...
+    def cost(self, genome: Genome) -> Cost:
+        """What a network of this genome costs; neither trains nor founds one."""
+        ...
 
-    def forget(self, number: int) -> None: ...
+    def forget(self, number: int) -> None:
+        """Give back the memory of a candidate that takes no further part."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -106,6 +110,8 @@ class Candidate:
     cost: Cost = field(default_factory=lambda: Cost(flops=0, bytes=0))
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `from_dict` takes them; the loss may be infinite, which JSON has no word
+        for."""
         values = {name: getattr(self, name) for name in self.__slots__}
         return values | {
             "genome": self.genome.to_list(),
@@ -115,6 +121,7 @@ class Candidate:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Candidate:
+        """The candidate that `to_dict` wrote; TypeError where a field is missing or unknown."""
         return cls(
             **values
             | {
@@ -288,6 +295,7 @@ class FractalSearch:
             self._nursery.forget(number)
 
     def state_dict(self) -> dict[str, Any]:
+        """All of the search but its networks, which are the nursery's to save; plain values."""
         return {
             "format": STATE_FORMAT,
             "settings": asdict(self.settings),

@@ -113,10 +113,12 @@ class Genome:
         return Genome(scales=tuple(letters))
 
     def to_list(self) -> list[dict[str, Any]]:
+        """Plain values, innermost scale first."""
         return [asdict(letter) for letter in self.scales]
 
     @classmethod
     def from_list(cls, letters: Sequence[dict[str, Any]]) -> Genome:
+        """The genome that `to_list` wrote; TypeError for letters with other fields."""
         return cls(scales=tuple(Letter(**letter) for letter in letters))
 
     @classmethod

@@ -62,6 +62,7 @@ class KernelTuner:
         self.latencies.pop(arm, None)
 
     def median(self, arm: Arm) -> float:
+        """Of the arm's latencies, in microseconds; KeyError for one never tried, or rejected."""
         return statistics.median(self.latencies[arm])
 
     def reward(self, arm: Arm) -> float:

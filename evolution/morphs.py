@@ -63,6 +63,7 @@ class Carry:
         return tensor.clone() if not self.picks else tensor
 
     def weights(self, tensor: Tensor) -> Tensor:
+        """The child's tensor from the parent's, `value` included; the parent's stays as it is."""
         return _times(self.picked(tensor), self.value)
 
 

@@ -108,6 +108,7 @@ class Proposal:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `from_dict` takes them."""
         return {
             "what": self.what,
             "old": self.old.to_dict(),
@@ -118,6 +119,7 @@ class Proposal:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Proposal:
+        """ValueError where an overlay in it is outside the bounds of today's SCHEMA."""
         return cls(
             what=values["what"],
             old=Overlay.from_dict(values["old"]),

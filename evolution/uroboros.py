@@ -43,6 +43,8 @@ PASSED = "significant, and every gate is passed"
 
 
 class Decision(Enum):
+    """PROMOTE and DROP end a candidate, KEEP and ROLL_BACK the watch over what was promoted."""
+
     CONTINUE = "continue"
     PROMOTE = "promote"
     DROP = "drop"
@@ -109,6 +111,8 @@ class Candidate:
 
     @property
     def gain(self) -> float:
+        """Mean difference over the mean size of what the controls moved; 0 while they did not
+        move."""
         moved = mean([abs(value) for value in self.controls])
         return mean(self.process.differences) / moved if moved else 0.0
 
@@ -304,6 +308,7 @@ class Uroboros:
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """Plain values without the settings, which a resumed run brings itself."""
         return {
             "in_force": self.in_force.to_dict(),
             "number": self.number,
@@ -316,6 +321,7 @@ class Uroboros:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """ValueError where a saved overlay is outside the bounds of today's SCHEMA."""
         self.in_force = Overlay.from_dict(state["in_force"])
         self.number, self.tested = state["number"], state["tested"]
         self.open = None if state["open"] is None else _candidate_from(state["open"])
