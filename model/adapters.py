@@ -69,6 +69,8 @@ class Adapter:
         return cls(layers)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """`<layer>.down` (r, in) and `<layer>.up` (out, r) of every adapted layer: the tensors
+        themselves."""
         for name, layer in self.layers.items():
             yield f"{name}.down", layer.down
             yield f"{name}.up", layer.up

@@ -64,6 +64,8 @@ class LoopProducts:
         self.sizes = [num_rows] if plan is None else plan.counts.tolist()
 
     def blocks(self) -> Iterator[tuple[slice, int]]:
+        """Slices of sorted rows with the expert that multiplies each; together they cover all
+        rows."""
         start = 0
         for expert, size in enumerate(self.sizes):
             for offset in range(0, size, _BLOCK_ROWS):
@@ -72,18 +74,23 @@ class LoopProducts:
             start += size
 
     def times_transposed(self, rows: Tensor, weight: Tensor, expert: int) -> Tensor:
+        """rows (n, in) of one block by weight (E, out, in) transposed -> (n, out)."""
         return times_transposed(rows, weight[expert])
 
     def times(self, rows: Tensor, weight: Tensor, expert: int) -> Tensor:
+        """rows (n, out) of one block by weight (E, out, in) -> (n, in)."""
         return rows @ weight[expert]
 
     def add_outer(self, total: Tensor, left: Tensor, right: Tensor, expert: int) -> None:
+        """Add left^T right, (n, a) and (n, b) of one block, to total (E, a, b) in place."""
         if left.dtype == total.dtype:
             total[expert].addmm_(left.mT, right)
         else:  # 16-bit products into an fp32 sum
             total[expert].add_(left.mT @ right)
 
     def row_scale(self, scale: Tensor, expert: int) -> Tensor:
+        """The factors of a block's rows out of scale (E, ...): here one for all, grouped one per
+        row."""
         return scale[expert]
 
 
@@ -112,6 +119,7 @@ class GroupedProducts:
 
 
 def expert_products(plan: DispatchPlan | None, num_rows: int) -> LoopProducts | GroupedProducts:
+    """The products of a plan, of one and the same face; without a plan all rows are expert 0's."""
     if plan is not None and plan.grouped:
         return GroupedProducts(plan, num_rows)
     return LoopProducts(plan, num_rows)
@@ -123,6 +131,8 @@ def take_rows(values: Tensor, rows: slice | Tensor) -> Tensor:
 
 
 def slot_of_row(plan: DispatchPlan) -> Tensor:
+    """Flat slot (N,) int64 that each sorted row came from: token * top_k + place among its
+    experts."""
     slots = torch.empty_like(plan.token_of_row)
     slots[plan.row_of_slot.flatten()] = torch.arange(slots.numel(), device=slots.device)
     return slots

@@ -98,6 +98,7 @@ class SigmaCache:
         self.reorder_cache(indices)
 
     def reset(self) -> None:
+        """Forget all that was read; the next forward begins at position 0."""
         self.state = None
 
 

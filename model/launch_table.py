@@ -55,6 +55,7 @@ class LaunchTable:
     tiles: dict[LaunchKey, Tiles] = field(default_factory=dict)
 
     def dump(self) -> dict[str, Any]:
+        """Plain values as the file holds them, stamped with this Triton's version."""
         names = LaunchKey.__slots__
         entries = [
             {name: getattr(key, name) for name in names} | {"tiles": list(tiles)}

@@ -39,6 +39,7 @@ _TERMS = ("entropy", "z_loss", "rib_info", "rib_collapse", "rib_confidence")
 
 
 def swiglu_settings(config: SigmaModelConfig) -> SwigluSettings:
+    """What of the network's settings a feed-forward, dense or expert, computes by."""
     return SwigluSettings(
         ternary=config.quant_mode != "none",
         group_size=config.bitlinear_group_size,

@@ -333,6 +333,7 @@ class SigmaLLM(SigmaTrunk):
         return self.ternary_statistics.state_dict()
 
     def load_metrics_state(self, state: dict[str, Tensor]) -> None:
+        """Take over a `metrics_state`; weights and outputs stay as they are."""
         self.ternary_statistics.load_state_dict(state)
 
 

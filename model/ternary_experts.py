@@ -72,6 +72,8 @@ class RowGroups(NamedTuple):
 
     @classmethod
     def create(cls, plan: DispatchPlan) -> RowGroups:
+        """Groups of a plan for this device's tile height; reads no tensor, so it never
+        synchronises."""
         rows, experts = plan.token_of_row.numel(), plan.counts.numel()
         mean_rows = max(1, rows // experts)
         block = product_tiles(mean_rows, device_capability(plan.counts)).m

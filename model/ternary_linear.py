@@ -80,9 +80,11 @@ class RowBlock(NamedTuple):
     warps: int
 
     def grid(self, num_rows: int) -> tuple[int]:
+        """Launch grid whose programs cover `num_rows` rows."""
         return (cdiv(num_rows, self.rows),)
 
     def constants(self) -> dict[str, int]:
+        """The two sizes by the names that kernels have for them as constexpr arguments."""
         return {"BLOCK_ROWS": self.rows, "BLOCK": self.columns}
 
 

@@ -66,7 +66,10 @@ class TernaryStatistics:
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The previous codes, int8 by weight name: the tensors themselves; empty before the first
+        call."""
         return dict(self._previous)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Codes of any dtype are taken as int8; names that the model lacks do no harm."""
         self._previous = {name: codes.to(torch.int8) for name, codes in state.items()}
