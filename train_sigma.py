@@ -222,6 +222,7 @@ def program_directory() -> Path:
 
 
 def refuse(message: str) -> int:
+    """Say on stderr, in one line, what is wrong, and return the exit code for wrong usage."""
     print(one_line(f"error: {message}"), file=sys.stderr)
     return 2
 

@@ -95,6 +95,8 @@ class Plan:
         return plan
 
     def check(self) -> None:
+        """ValueError for an unknown arm or placebo, or flags that no run takes; the first one
+        found."""
         for row in self.rows:
             for name in (*row.arms, row.against):
                 if name not in self.arms:
@@ -131,17 +133,21 @@ class Record:
         self._refresh()
 
     def outcome(self, key: str, *, seed: int, steps: int) -> Outcome | None:
+        """What `add_run` has kept of this very run, None if it is still to be made."""
         found = self.runs.get(key, {}).get(f"{seed}, {steps} steps")
         if found is None:
             return None
         return Outcome(bpb=found["bpb"], steps=steps, seconds=found["cpu_s"])
 
     def add_run(self, key: str, outcome: Outcome, *, seed: int) -> None:
+        """Keep a run and write the file at once, together with what other processes added."""
         found = {"bpb": outcome.bpb, "cpu_s": round(outcome.seconds, 2)}
         with self._updated():
             self.runs.setdefault(key, {})[f"{seed}, {outcome.steps} steps"] = found
 
     def add_cost(self, pair: str, cost: float) -> None:
+        """Keep the ratio of two arms' step times and write the file at once; `pair` is that of
+        `pair_of`."""
         with self._updated():
             self.costs[pair] = cost
 
@@ -184,6 +190,7 @@ def _take(lock: Path) -> None:
 
 
 def pair_of(plan: Plan, name: str) -> str:
+    """Key of a cost: what the arm runs, over what the arm runs that it is timed against."""
     return f"{plan.key(name)} / {plan.key(plan.rival(name))}"
 
 
@@ -303,6 +310,8 @@ def _make_run(plan: Plan, record: Record, name: str, *, seed: int, steps: int) -
 
 
 def about(plan: Plan) -> dict[str, Any]:
+    """Head of the result file: how it came about and on which machine. Asks the machine's load
+    now."""
     return {
         "what": "Every feature off, on and as a placebo; scripts/ablations.toml names the arms.",
         "command": "python scripts/ablate_features.py --json bench/results/ablation_cpu.json",

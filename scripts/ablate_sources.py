@@ -108,10 +108,13 @@ def noise_words(tokenizer: Tokenizer) -> list[str]:
 
 
 def noise(generator: np.random.Generator, words: list[str]) -> str:
+    """Words drawn evenly and each by itself, so that knowing the text before one says nothing about
+    it."""
     return " " + " ".join(generator.choice(words, CHARACTERS // 6))
 
 
 def template(generator: np.random.Generator) -> str:
+    """Lines that differ in nothing but a colour, about CHARACTERS characters of them."""
     colours = generator.choice(["red", "green", "blue"], CHARACTERS // 24)
     return "\n".join(f"The colour is {colour} here." for colour in colours)
 

@@ -101,6 +101,7 @@ class Lane:
         self._rng = capture_rng_state()
 
     def close(self) -> None:
+        """End the run without a last save; its metrics files stay."""
         self.trainer.features.close()
         self.trainer.stream.close()
         self.trainer.services.recorder.close()

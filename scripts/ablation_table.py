@@ -74,6 +74,7 @@ def line(row: Row, finding: Finding) -> str:
 
 
 def shown(part: Comparison | None) -> str:
+    """A cell: mean and interval with signs, NOT_RUN where nothing was measured."""
     if part is None:
         return NOT_RUN
     return f"{part.mean:+.3f} ({part.low:+.3f} to {part.high:+.3f})"

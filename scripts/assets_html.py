@@ -185,6 +185,7 @@ class TextExtractor(HTMLParser):
         self._buffer.append(data.translate(_TYPOGRAPHY))
 
     def close(self) -> None:
+        """Take what is still open as the last paragraph; `blocks` is complete only after this."""
         super().close()
         self._flush()
 

@@ -49,6 +49,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
+        """One update of every parameter (rows, columns) with a gradient; one without keeps its
+        momentum."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

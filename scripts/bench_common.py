@@ -308,6 +308,7 @@ def state_share(row: Mapping[str, Any], ceilings: Mapping[str, float]) -> dict[s
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and extremes, rounded to the significant digits of a result file."""
     return {
         "median": significant(statistics.median(values)),
         "min": significant(min(values)),

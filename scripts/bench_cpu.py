@@ -18,6 +18,7 @@ from scripts.bench_common import BenchOptions, Case, run_bench
 
 
 def cases(options: BenchOptions) -> list[Case]:
+    """Cases of the training, scaling and operations benches, in the order in which they run."""
     return [
         case
         for bench in (bench_training, bench_scaling, bench_operations)

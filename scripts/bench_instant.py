@@ -114,6 +114,7 @@ def bench_config(
 
 
 def random_tokens(model: SigmaLLM, batch_size: int, length: int) -> Tensor:
+    """Ids (batch_size, length) on the model's device; the length alone is the seed."""
     generator = torch.Generator().manual_seed(length)
     size = model.config.vocab_size
     ids = torch.randint(size, (batch_size, length), generator=generator)
@@ -128,6 +129,8 @@ def choose(model: SigmaLLM, way: str) -> None:
 
 
 def micro_batch(model: SigmaLLM, ids: Tensor) -> Tensor:
+    """The loss (0-d) with all auxiliary ones, for `backward`; labels are ids (B, T) shifted by
+    one."""
     out = model(ids, labels=ids.roll(-1, 1))
     return torch.stack([out.loss, *out.aux.values()]).sum()
 
@@ -172,6 +175,8 @@ def flat_gradient(model: SigmaLLM) -> Tensor:
 
 
 def clock(like: Tensor) -> float:
+    """Seconds: of the wall after waiting for a CUDA device, else of this process's processor
+    time."""
     if like.device.type == "cuda":
         torch.cuda.synchronize(like.device)
         return time.perf_counter()

@@ -90,6 +90,8 @@ class PlainMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
+        """One update of every parameter (..., rows, columns), matrix by matrix; all must have
+        gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]

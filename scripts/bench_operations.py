@@ -173,6 +173,7 @@ def part_of(optimizers: OptimizerSet, kind: str) -> torch.optim.Optimizer:
 
 
 def projections(model: SigmaLLM) -> list[nn.Parameter]:
+    """The parameters that Muon takes: matrices, and stacks of them for experts."""
     names = projection_names(model)
     return [parameter for name, parameter in model.named_parameters() if name in names]
 

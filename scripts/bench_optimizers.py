@@ -87,6 +87,8 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 
 def arm_config(preset: str, arm: str, *, lr: float, seed: int, more: list[str]) -> SigmaConfig:
+    """Settings of one run: the preset's flags, then `more`, then the arm's; later ones win, `lr`
+    last."""
     flags = [*PRESETS[preset].split(), *more, *ARMS[arm][0].split()]
     return parse_args([*flags, "--lr", repr(lr), "--seed", str(seed)])
 
@@ -191,6 +193,8 @@ class Bench:
         self.corpus, self.probe = build_probe(config, corpus, torch.device("cpu"))
 
     def config(self, arm: str, *, lr: float, seed: int) -> SigmaConfig:
+        """Settings of a run whose companion AdamW has the best rate found for adamw alone, once
+        there is one."""
         companion = self.result.get("best_lr", {}).get("adamw")
         rate = [] if companion is None else ["--adam-lr", repr(companion)]
         return arm_config(self.options.preset, arm, lr=lr, seed=seed, more=[*rate, *self.more])
@@ -228,6 +232,8 @@ class Bench:
         return best
 
     def save(self) -> None:
+        """Write the whole result over the output file; ValueError when a figure is NaN or
+        infinite."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.result, indent=1, allow_nan=False)
         self.path.write_text(text + "\n", encoding="utf-8")

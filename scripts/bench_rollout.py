@@ -113,6 +113,7 @@ def quickstart_model(options: BenchOptions) -> SigmaLLM:
 
 
 def random_prompts(number: int) -> Rows:
+    """The same `number` prompts at every call, of differing length within PROMPT_LENGTHS."""
     rng = random.Random(0)
     sizes = [rng.randint(*PROMPT_LENGTHS) for _ in range(number)]
     return [[rng.randrange(4096) for _ in range(size)] for size in sizes]
@@ -193,6 +194,7 @@ def transformers_run(
 
 
 def cut(row: list[int], stops: list[int]) -> list[int]:
+    """The row up to and with its first stop token; the whole row without one."""
     ends = [place for place, token in enumerate(row) if token in stops]
     return row[: ends[0] + 1] if ends else row
 

@@ -57,6 +57,7 @@ def render(results: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def describe(name: str, content: dict[str, Any]) -> str:
+    """One Markdown line on the machine, the versions and the ceilings of a result file."""
     machine, ceilings = content["machine"], content["ceilings"]
     load = [content["load_before"], content["load_after"]]
     loads = " to ".join(f"{value[0]:g}" for value in load if value)
@@ -71,6 +72,7 @@ def describe(name: str, content: dict[str, Any]) -> str:
 
 
 def tables(content: dict[str, Any]) -> str:
+    """A Markdown table for every run of rows that belong to one bench."""
     text = ""
     for bench, rows in groupby(content["rows"], key=lambda row: row["bench"]):
         measured = list(rows)
@@ -80,6 +82,7 @@ def tables(content: dict[str, Any]) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
+    """One row of a table; a case that was not measured says why."""
     cells = [row["case"], row["way"]]
     if "median" not in row:
         return "| " + " | ".join([*cells, why_empty(row), "", ""]) + " |\n"
@@ -93,6 +96,7 @@ def why_empty(row: dict[str, Any]) -> str:
 
 
 def figure(values: dict[str, float]) -> str:
+    """ "median (min to max)", shortened."""
     return f"{short(values['median'])} ({short(values['min'])} to {short(values['max'])})"
 
 

@@ -62,6 +62,7 @@ def drawn_pools(num: int, rng: random.Random) -> list[list[Row]]:
 
 
 def columns(rows: list[Row]) -> tuple[list[Task], list[str], list[float]]:
+    """Tasks, texts and mean log-probabilities of rows, each as a list of its own."""
     return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
 
@@ -123,6 +124,8 @@ class Found:
 def found_by(
     correct: Sequence[bool], seconds: Sequence[float], choices: Sequence[Sequence[int]]
 ) -> Found:
+    """Means over draws, each a choice of a pool's places. Recall is NaN in a pool without a right
+    answer."""
     recalls = [recall_at_k(correct, places) for places in choices]
     return Found(
         solved=statistics.fmean(any(correct[n] for n in places) for places in choices),
@@ -187,6 +190,8 @@ def rate(arm: Sequence[Found], *, draft_s: float) -> float:
 
 
 def summary(arm: Sequence[Found], *, draft_s: float) -> dict[str, Any]:
+    """Figures of an arm over its pools, `verify_s` summed; recall only over pools with a right
+    answer."""
     recalls = [one.recall for one in arm if not math.isnan(one.recall)]
     error = statistics.stdev(recalls) / len(recalls) ** 0.5 if len(recalls) > 1 else 0.0
     return {

@@ -134,6 +134,7 @@ def ratios(
 
 
 def describe(common: Sequence[str], fix: Sequence[str], clock: str) -> dict[str, Any]:
+    """Head of the result: both sets of flags, which clock timed what, machine and versions."""
     return {
         "flags": list(common),
         "fix": list(fix),

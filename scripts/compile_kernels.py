@@ -31,6 +31,8 @@ TENSOR_CORE = re.compile(r"(?:wgmma\.mma_async|tcgen05\.mma|(?<![\w.])mma)[a-z0-
 
 
 def describe(build: Build, architecture: int) -> dict[str, Any]:
+    """What the kernel compiled for `architecture` (90 = sm_90) needs; shared memory and code in
+    bytes."""
     compiled = build.compile(architecture)
     instructions = sorted(set(TENSOR_CORE.findall(compiled.asm["ptx"])))
     return {

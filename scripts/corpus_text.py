@@ -58,6 +58,7 @@ def read_text(path: Path) -> str:
 
 
 def html_blocks(text: str) -> list[str]:
+    """Paragraphs of a page in reading order, without its title."""
     return extract_blocks(text)[1]
 
 

@@ -59,6 +59,8 @@ class Listener:
         vars(control).update(begin_probe=self.begin, finish_probe=self.finish)
 
     def begin(self) -> None:
+        """Stands in for C3O's begin_probe: keeps the latent weights (a copy) and then does the
+        same."""
         self._latent = [param.detach().clone() for param in self._control._layouts]
         self._begin()
 
@@ -69,6 +71,8 @@ class Listener:
         evaluate: Callable[[], Tensor],
         generator: torch.Generator,
     ) -> Tensor:
+        """Stands in for C3O's finish_probe, whose result it returns; a probe asked for adds one of
+        `rows`."""
         control = self._control
         first = self._finish(gradients, evaluate=evaluate, generator=generator)
         if control.num_probes in self._probes:

@@ -78,6 +78,7 @@ class Draw:
         self._counter = 0
 
     def below(self, limit: int) -> int:
+        """In [0, limit); the remainder of 512 bits, whose bias is far below what could be seen."""
         self._counter += 1
         digest = hashlib.blake2b(self._counter.to_bytes(8, "little"), key=self._seed).digest()
         return int.from_bytes(digest, "little") % limit
@@ -86,10 +87,12 @@ class Draw:
         return options[self.below(len(options))]
 
     def sample(self, options: Sequence[T], count: int) -> list[T]:
+        """`count` different places of `options` in random order, which stays as it is."""
         rest = list(options)
         return [rest.pop(self.below(len(rest))) for _ in range(count)]
 
     def salt(self) -> bytes:
+        """16 bytes."""
         return bytes(self.below(256) for _ in range(16))
 
 

@@ -188,6 +188,8 @@ def leave_out(statement: Any) -> None:
 
 
 def is_text(node: ast.BinOp) -> bool:
+    """Whether a sum or product visibly is one of text, where changing the operator only raises
+    TypeError."""
     return any(isinstance(part, ast.JoinedStr) for part in (node.left, node.right)) or any(
         isinstance(part, ast.Constant) and isinstance(part.value, str | bytes)
         for part in (node.left, node.right)
@@ -232,6 +234,7 @@ class Trial:
 
     @classmethod
     def start(cls, mutant: Mutant | None, tests: Sequence[str]) -> Trial:
+        """Fork and begin; the child never returns from here, and is given LIMIT_S seconds."""
         process = os.fork()
         if process == 0:
             _run_tests(mutant, tests)
@@ -288,6 +291,8 @@ def try_all(
 
 
 def fails_without_mutant(tests: Sequence[str]) -> bool:
+    """Whether the unbroken module's own tests fail or hang, which would make every mutant look
+    noticed."""
     trial = Trial.start(None, tests)
     while (noticed := trial.is_noticed()) is None:
         time.sleep(0.05)

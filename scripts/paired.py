@@ -30,6 +30,7 @@ class Comparison:
         return "harms" if self.low > 0.0 else "no effect"
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values for a result file, the verdict in words among them."""
         return {
             "mean": self.mean,
             "interval": [self.low, self.high],

@@ -125,6 +125,8 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def balance(self) -> None:
+        """Move the bias (E,) by one fixed step against the loads since the last call, and forget
+        those."""
         rate = self.config.router_balance_lr
         self.balance_bias += rate * torch.sign(self.load.mean() - self.load)
         self.balance_bias.clamp_(-2, 2)

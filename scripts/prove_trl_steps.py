@@ -118,6 +118,7 @@ def quiet(device: torch.device, folder: Path, name: str) -> dict[str, Any]:
 
 
 def sft_step(*, device: torch.device, folder: Path) -> dict[str, Any]:
+    """`taken` of one step of SFTTrainer on TEXTS; `folder` receives what the trainer writes."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

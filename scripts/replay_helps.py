@@ -85,6 +85,8 @@ class Rows:
         ]
 
     def next_batch(self) -> Batch:
+        """The next rows of every part, stacked; labels are shifted, resets stand at end-of-text
+        tokens."""
         rows = torch.cat([next(part) for part in self._parts])
         inputs = rows[:, :-1].contiguous()
         return Batch(
@@ -122,6 +124,8 @@ def learner_of(model: SigmaLLM, tokenizer: Tokenizer, *, seed: int) -> Learner:
 def replay_of(
     settings: ReplaySettings | None, tokenizer: Tokenizer, *, seed: int
 ) -> CausalReplay | None:
+    """Replay whose buffer opens with reference solutions of training tasks; None without
+    settings."""
     if settings is None:
         return None
     buffer = ReplayBuffer(capacity=512)
@@ -183,6 +187,8 @@ def read_on(model: SigmaLLM, tokenizer: Tokenizer, arm: str, *, seed: int) -> di
 
 
 def run_arm(arm: str, tokenizer: Tokenizer, model: SigmaLLM, *, seed: int) -> dict[str, Any]:
+    """Loss on text and pass rates after the arm, with `cpu_s`. The given model is trained in
+    place."""
     started = time.process_time()
     result: dict[str, Any] = {"replay": read_on(model, tokenizer, arm, seed=seed)}
     result["cpu_s"] = round(time.process_time() - started, 2)

@@ -45,10 +45,13 @@ class CopyTask:
         self.vocab_size = FIRST_SYMBOL + num_symbols
 
     def draw(self, rng: random.Random) -> list[int]:
+        """`length` symbols and the separator."""
         symbols = range(FIRST_SYMBOL, self.vocab_size)
         return [*(rng.choice(symbols) for _ in range(self.length)), SEPARATOR]
 
     def reward(self, prompt: Sequence[int], completion: Sequence[int]) -> float:
+        """Share of the symbols said again in their places, in [0, 1]; what follows them costs
+        nothing."""
         wanted = prompt[-self.length - 1 : -1]
         return sum(a == b for a, b in zip(wanted, completion)) / self.length
 

@@ -52,6 +52,8 @@ class DealtAtRandom:
     def verify(
         self, tasks: Sequence[Task], completions: Sequence[str], *, rng: random.Random
     ) -> list[Judgement]:
+        """As the verifier's, but each verdict may stand at another completion of the same
+        prompt."""
         judgements = self._verifier.verify(tasks, completions, rng=rng)
         for task in dict.fromkeys(task.prompt for task in tasks):  # in one order in every process
             places = [number for number, one in enumerate(tasks) if one.prompt == task]

@@ -76,6 +76,7 @@ class Score:
     majority: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Rounded to four places."""
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
@@ -98,6 +99,8 @@ def config_of(seed: int) -> SigmaConfig:
 
 
 def new_model(seed: int, tokenizer: Tokenizer) -> SigmaLLM:
+    """Initial weights of the seed, on the CPU, with the activation memory patched but keeping
+    everything."""
     model = SigmaLLM(config_of(seed).model_config(tokenizer.vocab_size), seed=seed)
     apply_instant(model)
     return model

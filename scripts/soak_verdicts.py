@@ -168,6 +168,8 @@ class Tally:
     def add(
         self, tasks: list[Task], texts: list[str], honest: list[bool], found: list[Judgement]
     ) -> None:
+        """Count verdicts by family, stage and reason; ValueError unless all four lists are equally
+        long."""
         for task, text, fair, judgement in zip(tasks, texts, honest, found, strict=True):
             kind = "honest" if fair else "adversarial"
             self.counts[f"{kind} {task.family}"] += 1
@@ -180,6 +182,7 @@ class Tally:
 
 
 def drawn(family: str, rng: random.Random) -> Task:
+    """A task at a level that is drawn evenly from those that the family has."""
     return draw_task(family, level=rng.randint(1, LEVELS[family]), rng=rng)
 
 

@@ -100,6 +100,7 @@ def run_program(*flags: str, answer: bool = False) -> str:
 
 
 def describe(steps: int, flags: Sequence[str]) -> dict[str, Any]:
+    """Head of the result file: what was compared, how, when and on which machine."""
     return {
         "what": "ternary against full precision at equal tokens, whole validation split",
         "command": "profiles/quickstart.txt " + " ".join([f"--steps {steps}", *flags]),

@@ -59,6 +59,8 @@ def candidates(default: Tiles) -> list[Tiles]:
 
 
 def trials(options: argparse.Namespace, device: torch.device) -> Iterator[Trial]:
+    """Every operation and shape that a training step of such a model launches; inputs are made on
+    the way."""
     tokens, width = options.tokens, options.d_model
     for columns, depth in (
         *((width, width), (width, options.d_expert)),

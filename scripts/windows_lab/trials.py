@@ -116,11 +116,14 @@ class Laboratory:
 
 
 def check(holds: object, fault: str) -> None:
+    """TrialFault with `fault`, which is what the result file says of the trial, unless `holds`."""
     if not holds:
         raise TrialFault(fault)
 
 
 def rows(directory: Path) -> list[dict[str, float]]:
+    """Rows of a run's metrics.jsonl; OSError where it wrote none, ValueError where a line is
+    torn."""
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
