@@ -185,6 +185,7 @@ class ModelNursery:
         return self._specimens[number].weights
 
     def genome(self, number: int) -> Genome:
+        """KeyError for a candidate that was never made, or forgotten."""
         return self._specimens[number].genome
 
     def latency_us(self, genome: Genome) -> float:
@@ -200,6 +201,7 @@ class ModelNursery:
         return statistics.median(times[1:])
 
     def state_dict(self) -> dict[str, Any]:
+        """Every network at rest by its number: the host tensors themselves, no copies of them."""
         return {
             str(number): {
                 "genome": specimen.genome.to_list(),
@@ -213,12 +215,14 @@ class ModelNursery:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace all networks; nothing is built before its next trial."""
         self._specimens = {
             int(number): _Specimen(**values | {"genome": Genome.from_list(values["genome"])})
             for number, values in state.items()
         }
 
     def close(self) -> None:
+        """Close the stream that all candidates read."""
         self._stream.close()
 
     def _build(self, genome: Genome) -> SigmaLLM:

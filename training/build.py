@@ -78,6 +78,7 @@ EVAL_BATCH_TOKENS = 8192
 def build_autocast(
     config: SigmaConfig, device: torch.device
 ) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the context of a forward: a null context where the run computes in fp32."""
     dtype = autocast_dtype(config, device)
     if dtype is None:
         return nullcontext
@@ -115,6 +116,7 @@ def build_policy(config: SigmaConfig) -> RunPolicy:
 
 
 def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:
+    """Initial weights of --seed on the device; INSTANT is applied but keeps everything exactly."""
     model = SigmaLLM(config.model_config(tokenizer.vocab_size), seed=config.run.seed)
     own = config.precision
     model.use_kernels(own.kernel_backend, scan_blocks=own.scan_blocks())
@@ -123,6 +125,8 @@ def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device)
 
 
 def build_optimizer(config: SigmaConfig, model: nn.Module) -> OptimizerSet:
+    """Every parameter in exactly one part, by role (training/optimizer.py); nothing is stepped
+    yet."""
     return optimizer_for(model, config.optim, seed=config.run.seed, c3o=config.c3o)
 
 

@@ -21,10 +21,13 @@ SPOOL = CACHE_DIRECTORY / "spool"
 
 
 def build_tokenizer(config: SigmaConfig) -> Tokenizer:
+    """ValueError for a file that cannot be read or is no tokenizer of this kind."""
     return Tokenizer.from_name(config.data.tokenizer_name)
 
 
 def build_corpus(config: SigmaConfig, tokenizer: Tokenizer) -> TokenCorpus:
+    """The embedded corpus in tokens, out of the token cache where this tokenizer has met it
+    before."""
     return tokenize_corpus(EmbeddedCorpus(), tokenizer, cache_dir=TOKEN_CACHE)
 
 

@@ -110,6 +110,7 @@ def text_source(config: SigmaConfig, tokenizer: Tokenizer, corpus: TokenCorpus) 
 
 
 def hydra_settings(config: SigmaConfig) -> HydraSettings:
+    """Settings of all domains; sampling follows the --ttrl flags."""
     own, ttrl, merge = config.hydra, config.ttrl, config.merge
     return HydraSettings(
         tasks=own.tasks,

@@ -27,6 +27,8 @@ MAX_OVERFLOWS = 8  # of the loss scale, in one arm
 
 
 class ArmEnd(Enum):
+    """STOPPED: the run was asked to end meanwhile. Only FINISHED has scores that mean something."""
+
     FINISHED = "finished"
     DIVERGED = "diverged"
     NO_MEMORY = "no memory"

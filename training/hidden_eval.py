@@ -54,6 +54,7 @@ class Question:
     sealed: bytes
 
     def is_answered_by(self, choice: str) -> bool:
+        """Whether a continuation is the true one; it need not be one of `choices`."""
         return answer_hash(choice, salt=self.salt, prompt=self.prompt) == self.sealed
 
 
@@ -233,6 +234,7 @@ def wilson_interval(passed: int, total: int, *, z: float = Z_95) -> tuple[float,
 
 
 def as_columns(result: HiddenResult) -> dict[str, float]:
+    """The figures by column name, as --mode eval prints them and a metrics row shows them."""
     return asdict(result)
 
 

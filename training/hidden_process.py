@@ -86,6 +86,8 @@ class HiddenEvalProcess:
         return dict(self._shown)
 
     def state_dict(self) -> dict[str, Any]:
+        """The step under way, its result if it has arrived, and the figures shown. Does not
+        wait."""
         arrived = None
         if self._future is not None and self._future.done():
             arrived = self._future.result()

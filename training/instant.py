@@ -130,6 +130,7 @@ class InstantMemory:
         return self.settings.reversible_iters
 
     def patched(self) -> PatchedBlocks:
+        """By the present plan: no blocks while it keeps everything."""
         kinds = [k for k, plan in zip(self.kinds, self.plans, strict=True) if plan != "keep"]
         return PatchedBlocks(kinds.count("mamba"), kinds.count("attention"))
 

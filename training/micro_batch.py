@@ -50,6 +50,7 @@ class MicroBatchPlan:
         return {"split": self.split}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the halvings that a run before needed."""
         self.split = state["split"]
 
 

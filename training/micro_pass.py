@@ -31,7 +31,9 @@ class MicroPass(Protocol):
         """Give back what is kept for later micro-batches."""
         ...
 
-    def metrics(self) -> dict[str, float]: ...
+    def metrics(self) -> dict[str, float]:
+        """Columns of a row; {} where there is nothing to count."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)

@@ -26,6 +26,9 @@ ROLLBACKS_BEFORE_GIVING_UP = 3
 
 
 class Verdict(Enum):
+    """SKIP: try the next batch. ROLL_BACK: one checkpoint back, on new data; RESTORE: on the
+    same."""
+
     APPLY = "apply"
     SKIP = "skip"
     ROLL_BACK = "roll back"

@@ -107,6 +107,7 @@ class OptimizerSet:
         return [group for part in self.parts for group in part.param_groups]
 
     def parameters(self) -> Iterable[Tensor]:
+        """Every parameter that is updated, once, part by part."""
         for group in self.param_groups:
             yield from group["params"]
 
@@ -129,10 +130,12 @@ class OptimizerSet:
         return row if self.control is None else row | self.control.metrics()
 
     def step(self) -> None:
+        """Update every part; parameters without a gradient stay. The schedule is set beforehand."""
         for part in self.parts:
             part.step()
 
     def zero_grad(self) -> None:
+        """Sets gradients to None, which gives their memory back."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 

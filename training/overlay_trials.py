@@ -375,6 +375,7 @@ class OverlayTrials:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at this step; records written after it become orphans."""
         self.search.load_state_dict(state["search"])
         self.phase = Phase(state["phase"])
         self.begun, self.end = state["steps"]

@@ -66,6 +66,8 @@ class RunPolicy:
         return tuple(name for name in names if name in self.knobs)
 
     def factor(self, name: str, *, by: str) -> float:
+        """What controller `by` asks of a knob; 1 where it never spoke, or where there is no such
+        knob."""
         return self._factors.get(name, {}).get(by, 1.0)
 
     def multiplier(self, name: str) -> float:

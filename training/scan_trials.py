@@ -30,6 +30,7 @@ MAX_BLOCK = 128
 
 
 def scan_mixers(model: nn.Module) -> list[Mamba]:
+    """The Mamba mixers in the order of the blocks; [] for a model without."""
     return [module for module in model.modules() if isinstance(module, Mamba)]
 
 

@@ -139,6 +139,8 @@ class SigmaTrainer:
         return ctx
 
     def begin_step(self) -> StepContext:
+        """Context of the step after `self.step`, with this step's learning rates set on the
+        optimizer."""
         step = self.step + 1
         optim, total = self.config.optim, self.config.run.steps
         factor, decay = step_factors(step, total_steps=total, optim=optim)

@@ -103,6 +103,8 @@ class StepGraph:
         self.forget()
 
     def forget(self) -> None:
+        """Drop all graphs and their memory; the next micro-batches are ordinary ones until a new
+        capture."""
         self._graphs.renew()
         self._modules = tuple(self._model.modules())
         self._key: Hashable = None

@@ -35,6 +35,8 @@ class TileCache:
         return found if isinstance(found, dict) else None
 
     def write(self, key: str, state: dict[str, Any]) -> None:
+        """Keep a tuner's state, other keys' as they are now in the file; OSError where it cannot be
+        written."""
         if self.path is None:
             return
         content = {"format": FORMAT, "entries": self._entries() | {key: state}}

@@ -18,6 +18,7 @@ class TrialJournal:
         return self._journal.position
 
     def resume(self, position: int) -> None:
+        """Go on behind a checkpoint's `position`; later entries become orphans."""
         self._journal.resume(position)
 
     def register(

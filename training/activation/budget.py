@@ -37,12 +37,14 @@ class SlotCost:
     sensitivity: float
 
     def num_bytes(self, coding: str) -> float:
+        """Bytes that the tensor takes in a coding, its groups' scales included."""
         if coding == "exact":
             return float(self.elements * self.element_size)
         bits = WIDTHS[coding]
         return self.elements * (bits + SCALE_BITS / group_size(bits)) / 8.0
 
     def error(self, coding: str) -> float:
+        """Expected relative squared error of the gradients in a coding; 0 for "exact"."""
         if coding == "exact":
             return 0.0
         bits = WIDTHS[coding]

@@ -87,6 +87,8 @@ class Integers(NamedTuple):
         return _bytes(self.codes)
 
     def decode(self) -> Tensor:
+        """The numbers in their original dtype; of an int8 tensor the codes themselves, not a
+        copy."""
         values = self.codes.to(self.dtype)
         return values if self.unit == 1.0 else values.mul_(self.unit)
 
@@ -103,6 +105,7 @@ class LowRank(NamedTuple):
         return _bytes(self.parts) + self.rest.num_bytes
 
     def decode(self) -> Tensor:
+        """The numbers, flat (rows * D,), in the remainder's dtype; summed in the basis's."""
         wide = self.basis.dtype
         values = self.rest.decode().to(wide).view(-1, len(self.basis))
         return values.addmm_(self.parts.to(wide), self.basis.mT).view(-1).to(self.rest.dtype)

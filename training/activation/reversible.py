@@ -115,6 +115,8 @@ class SegmentRun:
         self.stored_bytes += self.sample.nbytes
 
     def compare(self, streams: tuple[Tensor, Tensor]) -> None:
+        """Set `mismatch` from the inputs (both streams) that inversion found; `take_sample` comes
+        first."""
         assert self.sample is not None
         gap = (_sample(streams) - self.sample).norm()
         self.mismatch = gap / self.sample.norm().clamp_min(1e-30)

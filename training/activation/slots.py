@@ -60,6 +60,7 @@ class Slot:
     kind: str = ""
 
     def state_dict(self) -> dict[str, Any]:
+        """The fields by name; `basis` is the tensor itself."""
         names = ("coding", "calls", "error", "elements", "assigned", "basis", "kind")
         return {name: getattr(self, name) for name in names}
 
@@ -102,6 +103,7 @@ class SlotBook:
     slots: dict[str, Slot] = field(default_factory=dict)
 
     def get(self, layer: int, position: int) -> Slot:
+        """The slot of a block's `position`-th saved tensor, made on the first call."""
         return self.slots.setdefault(f"{layer}.{position}", Slot())
 
     def assign(self, codings: dict[str, str]) -> None:
@@ -114,6 +116,8 @@ class SlotBook:
         return {name: slot.state_dict() for name, slot in self.slots.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace all slots; those that a block got from `get` before are no longer of this
+        book."""
         self.slots = {name: Slot(**values) for name, values in state.items()}
 
 
@@ -150,6 +154,8 @@ class BlockTensors:
         self.fixed_bytes = 0
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """A context for the block's forward: autograd packs what it saves and unpacks it in
+        backward."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     @torch.no_grad()

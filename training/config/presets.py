@@ -34,6 +34,7 @@ def to_dict(config: SigmaConfig) -> dict[str, dict[str, Any]]:
 
 
 def to_json(config: SigmaConfig) -> str:
+    """The whole configuration as JSON text with an end of line, secrets included."""
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 

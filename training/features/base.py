@@ -66,24 +66,34 @@ class Feature:
         return cls()
 
     def on_setup(self, ctx: StepContext) -> bool | Tensor:
+        """Called once, whatever the schedule; the state of a checkpoint is loaded after it."""
         return False
 
     def on_batch(self, ctx: StepContext) -> bool | Tensor:
+        """May replace `ctx.batch`, on the device by now. Not yet known: outputs and losses."""
         return False
 
     def on_losses(self, ctx: StepContext) -> bool | Tensor:
+        """May set `ctx.losses[name]` (0-d, with its graph) and `ctx.weights[name]`, 1 where none is
+        set."""
         return False
 
     def before_optim(self, ctx: StepContext) -> bool | Tensor:
+        """Gradients of all micro-batches are summed; on fp16 they still carry the loss scale."""
         return False
 
     def after_step(self, ctx: StepContext) -> bool | Tensor:
+        """The update has been applied; a step that was skipped or replayed does not come here."""
         return False
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot derive; {} = no state. Counters and generator are kept by the
+        set."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave. ValueError here, where a feature without state is given
+        some."""
         if state:
             raise ValueError(f"feature {self.name} keeps no state, but the checkpoint has some")
 

@@ -23,6 +23,8 @@ DROPPED_PAIRS = 8  # the newest, when a version is undone
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class AdapterSettings:
+    """An adapter adds B A alpha / rank to a weight; lr: of its AdamW."""
+
     rank: int = 8
     alpha: float = 16.0
     lr: float = 1e-4
@@ -66,12 +68,15 @@ class Domain:
         self.gate.num_looks = 0
 
     def parameters(self) -> list[Tensor]:
+        """The factors of the present adapter, which `begin_anew` replaces by others."""
         return [value for _, value in self.adapter.named_parameters()]
 
     def keep_as_best(self) -> None:
+        """Make the present version the one that `roll_back` returns to."""
         self.best = self.snapshot()
 
     def snapshot(self) -> Version:
+        """A copy of factors and moments, for `restore`."""
         return Version(
             number=self.version,
             factors=self.adapter.state_dict(),
@@ -96,9 +101,11 @@ class Domain:
         return adapter
 
     def remember(self, pairs: list[Pair]) -> None:
+        """Add preference pairs; of more than MAX_PAIRS the oldest are dropped."""
         self.pairs = (self.pairs + pairs)[-MAX_PAIRS:]
 
     def state_dict(self) -> dict[str, Any]:
+        """Present and best version, the gate's looks, and the pairs as plain lists."""
         return {
             "now": _written(self.snapshot()),
             "best": _written(self.best),

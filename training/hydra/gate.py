@@ -19,6 +19,8 @@ from evolution.e_process import spent_alpha
 
 
 class Decision(Enum):
+    """PROMOTE and ROLL_BACK need significance; KEEP goes on with the present version as it is."""
+
     KEEP = "keep"
     PROMOTE = "promote"
     ROLL_BACK = "roll back"

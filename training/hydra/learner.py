@@ -339,6 +339,7 @@ class Hydra:
         self.counts = dict(state["counts"])
 
     def close(self) -> None:
+        """Close the sources, whose verifiers hold processes; adapters stay usable."""
         for source in self.sources.values():
             source.close()
 

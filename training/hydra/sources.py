@@ -46,7 +46,9 @@ class Item:
 class Source(Protocol):
     """Items of one domain."""
 
-    def draw(self) -> Item: ...
+    def draw(self) -> Item:
+        """The next item to practise on; which one follows from the seed and the number of draws."""
+        ...
 
     def gate_items(self, count: int) -> list[Item]:
         """The same distinct items at every call, never among those drawn."""
@@ -62,11 +64,17 @@ class Source(Protocol):
         """What came of items that were drawn, for the choice of later ones."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Where `draw` goes on, as small plain values."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on drawing where a source of the same settings was."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the processes that judge; called once."""
+        ...
 
 
 class TaskSource:

@@ -142,6 +142,7 @@ def reference_genome(base: SigmaModelConfig) -> Genome:
 def search_settings(
     config: SigmaConfig, nursery: ModelNursery, *, inherit: bool = True
 ) -> SearchSettings:
+    """Settings whose budget, in operations, is that of --steps of the reference network."""
     network = reference_genome(nursery.base).network(nursery.base)
     data = config.data
     tokens = data.batch_size * data.seq_len * data.grad_accum_steps
@@ -152,6 +153,8 @@ def search_settings(
 
 
 def open_store(config: SigmaConfig, nursery: ModelNursery) -> CheckpointStore:
+    """The store of a search below --checkpoint-dir; a resume under flags that decide otherwise
+    fails."""
     data, probe = config.data, config.probe
     own = {
         "steps": config.run.steps,
@@ -177,6 +180,8 @@ def open_store(config: SigmaConfig, nursery: ModelNursery) -> CheckpointStore:
 
 
 def save(store: CheckpointStore, search: FractalSearch, nursery: ModelNursery) -> None:
+    """Keep search and networks under the number of trials, and wait; nothing if that is saved
+    already."""
     if store.last_saved_step == search.trials:
         return
     tree = {"search": search.state_dict(), "nursery": nursery.state_dict()}
@@ -244,6 +249,8 @@ def report(search: FractalSearch) -> dict[str, Any]:
 def write_report(
     search: FractalSearch, output_dir: Path, *, extra: dict[str, Any] | None = None
 ) -> None:
+    """Replace `report.json` (with `extra`) and `metrics.jsonl`, each in one step; OSError on a full
+    disk."""
     folder, ops = output_dir / FOLDER, FileOps()
     make_dirs(ops, folder)
     plain = split_state(report(search) | (extra or {}))[1]  # a loss may be infinite

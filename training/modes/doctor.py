@@ -90,6 +90,7 @@ def examine(config: SigmaConfig) -> list[Check]:
 
 
 def check_python(version: tuple[int, int]) -> Check:
+    """Whether (major, minor) is a supported version."""
     oldest, newest = PYTHON_VERSIONS
     found = f"{platform.python_version()} ({sys.executable})"
     if oldest <= version <= newest:
@@ -180,6 +181,8 @@ def check_precision(config: SigmaConfig) -> Check:
 
 
 def check_triton(config: SigmaConfig) -> Check:
+    """Without it a run fails on CUDA only where --torch-compile asks for it; else it is a
+    warning."""
     version = package_version("triton") or package_version("triton-windows")
     if version is not None and importlib.util.find_spec("triton") is not None:
         return Check(name="Triton", status="ok", found=version)
@@ -237,6 +240,8 @@ def check_memory(config: SigmaConfig) -> Check:
 
 
 def check_disk(config: SigmaConfig) -> Check:
+    """Whether this run's checkpoints find room where they will lie; a warning while single ones
+    do."""
     directory = Path(config.run.checkpoint_dir)
     one = checkpoint_bytes(config)
     kept = one * (config.run.max_checkpoints + 1)

@@ -77,6 +77,7 @@ class TextCleaner:
         self._names = personal_names()
 
     def clean(self, text: str) -> str:
+        """The text with marks in the place of what is private; the rest stays as it is."""
         # Secrets first: one that holds a name would not be known without it.
         text = self._redactor.clean(text)
         for name, mark in self._names:

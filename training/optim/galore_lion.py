@@ -56,6 +56,8 @@ class GaloreLion(Lion):
         return basis @ direction if _is_wide(param) else direction @ basis.mT
 
     def projects(self, param: Tensor) -> bool:
+        """Whether a parameter (..., out, in) gets a projected momentum; if not it is plain
+        Lion's."""
         return param.dim() >= 2 and self.rank < min(param.shape[-2:])
 
     def metrics(self) -> dict[str, float]:

@@ -22,6 +22,8 @@ RARE, COMMON = 1 / 3, 2 / 3
 
 
 class Encoder(Protocol):
+    """The part of a tokenizer that items need."""
+
     end_id: int
 
     def encode(self, text: str) -> list[int]: ...

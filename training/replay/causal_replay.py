@@ -198,6 +198,7 @@ class CausalReplay:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace buffer, estimates and open coins by the saved ones; the settings stay."""
         self.buffer.load_state_dict(state["buffer"])
         self.uplift.load_state_dict(state["uplift"])
         self._windows = [Window(**saved) for saved in state["windows"]]

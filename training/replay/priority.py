@@ -26,6 +26,8 @@ UNKNOWN_QUALITY = 0.5
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class PriorityWeights:
+    """w_v, w_q and w_n of the base; they need not sum to 1."""
+
     verifier: float = 0.60
     quality: float = 0.20
     novelty: float = 0.20

@@ -34,6 +34,7 @@ class ClusterUplift:
     squares: float = 0.0
 
     def observe(self, psi: float, *, beta: float) -> None:
+        """Add one psi; those before it count `beta` times as much as they did."""
         self.count += 1
         self.weight = beta * self.weight + 1.0
         self.squared_weight = beta * beta * self.squared_weight + 1.0

@@ -83,6 +83,8 @@ class Axis:
     logarithmic: bool = False
 
     def place(self, values: Floats) -> Floats:
+        """Values as shares of the axis, 0 at `low`; others lie outside, but a log axis puts less at
+        0."""
         low, high = self.low, self.high
         if self.logarithmic:
             values = np.log10(np.maximum(values, low))
@@ -90,6 +92,7 @@ class Axis:
         return (np.asarray(values, dtype=float) - low) / (high - low)
 
     def ticks(self, *, count: int) -> list[float]:
+        """About `count` round values within the axis, rising."""
         if not self.logarithmic:
             return nice_ticks(self.low, self.high, count=count)
         first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
