@@ -42,5 +42,6 @@ class RepeatBudget:
         return {"value": self.value, "below": self._below, "above": self._above}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the counts; a value outside these bounds is moved to the nearer one."""
         self.value = min(self.highest, max(self.lowest, state["value"]))
         self._below, self._above = state["below"], state["above"]

@@ -195,6 +195,7 @@ class CandidateMaker:
         top_k: int,
         generator: torch.Generator,
     ) -> Rollout:
+        """A completion for every prompt (see `sample`), under the run's autocast."""
         with self._autocast():
             return sample(
                 self.model,

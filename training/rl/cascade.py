@@ -234,6 +234,7 @@ class VerifierCascade:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace gate, labelled completions and records by the saved ones."""
         self._gate = None if state["gate"] is None else Gate(**state["gate"])
         self._reject_below = state["reject_below"]
         self._labelled = [tuple(row) for row in state["labelled"].tolist()]

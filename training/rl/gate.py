@@ -83,6 +83,7 @@ class Gate:
         return [self.heights[max(int(place), 0)] for place in places]
 
     def state(self) -> dict[str, Any]:
+        """Plain lists by field, as the constructor takes them."""
         return {name: list(getattr(self, name)) for name in Gate.__slots__}
 
 

@@ -286,4 +286,5 @@ class Learner:
         self._weights_used = dict(state["weights_used"])
 
     def close(self) -> None:
+        """End the verifier's processes; called once, also after a failure."""
         self.maker.verifier.close()

@@ -201,6 +201,8 @@ class PolicyUpdate:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over optimizer, reference and counts; ValueError for an optimizer of other
+        parameters."""
         self._optimizer.load_state_dict(state["optimizer"])
         if self.reference is not None:
             # A run that had no penalty before starts from the weights it has now.

@@ -45,6 +45,7 @@ def multiply(left: Polynomial, right: Polynomial) -> Polynomial:
 
 
 def derivative(polynomial: Polynomial) -> Polynomial:
+    """By x; a constant gives {}, the polynomial 0."""
     return {power - 1: power * value for power, value in polynomial.items() if power}
 
 

@@ -77,9 +77,14 @@ class Isolation(Protocol):
     kind: str
     required_locks: set[str]
 
-    def lock(self, *, limit_s: float) -> dict[str, Any]: ...
+    def lock(self, *, limit_s: float) -> dict[str, Any]:
+        """What a child has to lock itself by, as JSON values, before it runs a program of so many
+        seconds."""
+        ...
 
-    def worker(self) -> Worker: ...
+    def worker(self) -> Worker:
+        """A worker that has started no process yet; the caller closes it."""
+        ...
 
 
 class Sandbox:
@@ -113,6 +118,7 @@ class Sandbox:
             return list(threads.map(lambda job: self.run(job, limit_s=limit_s), jobs))
 
     def close(self) -> None:
+        """End all workers, and with them what they run."""
         for worker in self._workers:
             worker.close()
 

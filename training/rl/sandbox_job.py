@@ -78,9 +78,14 @@ class Reply:
 class Worker(Protocol):
     """Runs one child at a time to its end; WorkerLost when that could not be done."""
 
-    def run(self, payload: bytes, *, limit_s: float) -> Reply: ...
+    def run(self, payload: bytes, *, limit_s: float) -> Reply:
+        """Start a child, give it `payload` (see `payload_of`) and wait at most about `limit_s`
+        seconds."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End whatever runs; may be called again."""
+        ...
 
 
 class WorkerLost(Exception):

@@ -43,13 +43,17 @@ class WindowsChild(Protocol):
     to_child: BinaryIO
     from_child: BinaryIO
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """Let the child run: until then not one instruction of it has been executed."""
+        ...
 
     def terminate(self) -> None:
         """End every process of the job; returns when none is left. OSError if that fails."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release pipes and handles; the job ends every process that is still in it."""
+        ...
 
 
 class WindowsApi(Protocol):
@@ -67,7 +71,10 @@ class WindowsApi(Protocol):
         memory_bytes: int,
         cpu_s: int,
         environment: dict[str, str],
-    ) -> WindowsChild: ...
+    ) -> WindowsChild:
+        """A suspended child in the container and in a job with these limits, with this environment
+        alone."""
+        ...
 
 
 def child_command() -> list[str]:

@@ -123,6 +123,7 @@ class SymbolicPool:
             return list(threads.map(self._compare, pairs))
 
     def close(self) -> None:
+        """End all workers, also one that is computing."""
         for worker in self.workers:
             worker.close()
 

@@ -151,6 +151,7 @@ class TaskSampler:
             recent.clear()
 
     def level(self, family: str) -> int:
+        """Between 1 and the family's number of levels; KeyError for a family that is not drawn."""
         return self._levels[family]
 
     def mean_level(self) -> float:

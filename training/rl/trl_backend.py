@@ -47,6 +47,8 @@ LOGGED = {
 
 
 class Verdict(Protocol):
+    """The part of a verifier's judgement that becomes a reward."""
+
     @property
     def passed(self) -> bool: ...
 

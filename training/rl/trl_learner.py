@@ -18,16 +18,26 @@ class Backend(Protocol):
     """What trains on tasks: see training/rl/trl_sigma.py."""
 
     @property
-    def steps_taken(self) -> int: ...
+    def steps_taken(self) -> int:
+        """Optimizer steps over the whole run, without those that were dropped."""
+        ...
 
     @property
-    def samples(self) -> list[Any]: ...
+    def samples(self) -> list[Any]:
+        """The completions of the last update with their verdicts."""
+        ...
 
-    def update(self, tasks: list[Any], *, seed: int, reference: Any = None) -> dict[str, float]: ...
+    def update(self, tasks: list[Any], *, seed: int, reference: Any = None) -> dict[str, float]:
+        """One optimizer step; its metrics. reference: the model that a KL term measures from."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Counters; optimizer and reference are kept by the learner."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting there."""
+        ...
 
 
 class TrlLearner:
@@ -81,6 +91,7 @@ class TrlLearner:
         return result
 
     def state_dict(self) -> dict[str, Any]:
+        """The learner's own, and the back end's under `grpo`."""
         return {**self.learner.state_dict(), "grpo": self.backend.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -90,5 +101,6 @@ class TrlLearner:
             self.backend.load_state_dict(state["grpo"])
 
     def close(self) -> None:
+        """End the processes of both verifiers."""
         self.learner.close()
         self._verifier.close()

@@ -57,6 +57,7 @@ class UnslothPatch:
         return bool(self.targets) and self.hits == self.targets
 
     def metrics(self) -> dict[str, float]:
+        """Constant columns of a run: 0 or 1, and two counts."""
         return {
             "unsloth_bootstrap_imported": float(self.imported),
             "unsloth_trl_patch_active": float(self.active),
@@ -115,6 +116,7 @@ def patched_trainers() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def is_patched(trainer: type) -> bool:
+    """Whether the class is one that unsloth generated, told by its name."""
     return trainer.__name__.startswith(PREFIX)
 
 
