@@ -80,6 +80,7 @@ class FileOps:
         return os.open(path, _APPEND_FLAGS, 0o666)
 
     def open_read(self, path: Path) -> int:
+        """Descriptor of a file that exists; the caller closes it."""
         return os.open(path, _READ_FLAGS)
 
     def write(self, descriptor: int, data: memoryview) -> int:
@@ -87,15 +88,19 @@ class FileOps:
         return os.write(descriptor, data)
 
     def read(self, descriptor: int, size: int) -> bytes:
+        """At most `size` bytes, perhaps fewer; b"" at the end of the file."""
         return os.read(descriptor, size)
 
     def seek(self, descriptor: int, position: int) -> None:
+        """Set the position from the file's beginning, in bytes."""
         os.lseek(descriptor, position, os.SEEK_SET)
 
     def size(self, descriptor: int) -> int:
+        """Bytes of the open file as it is now."""
         return os.fstat(descriptor).st_size
 
     def truncate(self, descriptor: int, size: int) -> None:
+        """Cut the file, or extend it by zeros; durable after `fsync`."""
         os.ftruncate(descriptor, size)
 
     def fsync(self, descriptor: int) -> None:
@@ -139,6 +144,7 @@ class FileOps:
         self._retry(lambda: os.rename(source, target))
 
     def remove(self, path: Path) -> None:
+        """Unlink a file; FileNotFoundError if there is none. A passing refusal is waited out."""
         self._retry(lambda: os.unlink(path))
 
     def remove_dir(self, path: Path) -> None:
@@ -154,6 +160,7 @@ class FileOps:
             return {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
 
     def free_bytes(self, path: Path) -> int:
+        """Bytes that this user may still write on the file system of an existing path."""
         return shutil.disk_usage(path).free
 
     def map_file(self, path: Path) -> mmap.mmap:

@@ -22,7 +22,9 @@ class StepWindow(Protocol):
     """Who watches whole steps: `training.runtime.perf_window`."""
 
     @property
-    def synchronizes(self) -> bool: ...
+    def synchronizes(self) -> bool:
+        """Whether the device is waited for at every span's edges while the window is open."""
+        ...
 
     def begin_step(self, seconds: dict[str, float]) -> None:
         """A step begins; `seconds` are the spans of the one before, also of what followed it."""
@@ -30,7 +32,9 @@ class StepWindow(Protocol):
     def finish_step(self) -> None:
         """The step that was begun has been applied."""
 
-    def close(self, seconds: dict[str, float]) -> None: ...
+    def close(self, seconds: dict[str, float]) -> None:
+        """The run is over; `seconds` are the spans since the last `begin_step`."""
+        ...
 
 
 class PhaseClock:
@@ -71,6 +75,7 @@ class PhaseClock:
             self._window.finish_step()
 
     def close(self) -> None:
+        """Tell the window, if there is one, that the run is over."""
         if self._window is not None:
             self._window.close(self.seconds)
 

@@ -266,6 +266,8 @@ def versions() -> dict[str, str | None]:
 
 
 def package_version(name: str) -> str | None:
+    """The installed version by the package's name in the index; None without it. Imports
+    nothing."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -82,6 +82,8 @@ class RunLock:
             ) from None
 
     def release(self) -> None:
+        """Remove the note on the holder, then give the lock back; no error if the note is gone
+        already."""
         try:
             self.owner_path.unlink()
         except OSError:

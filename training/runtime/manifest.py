@@ -116,6 +116,7 @@ def commit_manifest(ops: FileOps, directory: Path, manifest: Manifest) -> None:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
+    """JSON with a hash over itself, which reading it compares."""
     return _seal({"schema": SCHEMA, **asdict(manifest)})
 
 

@@ -36,6 +36,7 @@ class OperatorProfile:
         self._running: profile | None = None
 
     def start(self) -> None:
+        """Begin a session; every one is ended by `stop`."""
         activities = [ProfilerActivity.CPU]
         if self.on_device:
             activities.append(ProfilerActivity.CUDA)

@@ -248,6 +248,7 @@ def mean_spans(steps: Sequence[StepTimes]) -> dict[str, float]:
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
+    """Each of the total, in [0, 1]; all 0 where nothing took time."""
     total = sum(seconds.values()) or 1.0
     return {name: value / total for name, value in seconds.items()}
 

@@ -63,6 +63,7 @@ class ProcessGroupRanks:
         self._group = dist.new_group(backend="gloo")
 
     def gather(self, message: bytes) -> list[bytes]:
+        """Every rank's message, in the order of ranks; blocks until all have called it."""
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(message)]), group=self._group)
         longest = max(1, *(int(length) for length in lengths))

@@ -118,6 +118,7 @@ class RunRecorder:
         clock.add("metrics", time.perf_counter() - start)
 
     def write_sample(self, step: int, text: str | None) -> None:
+        """Append a line to samples.jsonl and show the text; None writes nothing."""
         if text is None:
             return
         assert self._samples is not None
@@ -143,6 +144,7 @@ class RunRecorder:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Averages and wall time go on from there; the files stay as they are (see `rewind`)."""
         self._loss_ema = state["loss_ema"]
         if self._loss_ema is not None:
             self._loss_ema = self._loss_ema.to(self._device)
@@ -161,6 +163,7 @@ class RunRecorder:
         self._wall_before = wall
 
     def close(self) -> None:
+        """Close display and files, also when one of them fails; what it raised comes last."""
         with ExitStack() as closing:  # all of them, whatever one of them does
             closing.callback(self.display.close)
             for log in (self._samples, self._log):

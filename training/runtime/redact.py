@@ -87,6 +87,7 @@ class Redactor:
         return cls(values=tuple(sorted(values, key=len, reverse=True)))
 
     def clean(self, text: str) -> str:
+        """The text with MARK in the place of everything that may be a secret."""
         for value in self.values:
             text = text.replace(value, MARK)
         for pattern in _PATTERNS:

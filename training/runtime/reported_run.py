@@ -13,6 +13,8 @@ _LOG = logging.getLogger(__name__)
 
 
 class Closable(Protocol):
+    """What a run ends with; an error of `close` does not keep the others open."""
+
     def close(self) -> object: ...
 
 

@@ -128,6 +128,7 @@ def check_settings(ops: FileOps, directory: Path, fingerprint: dict[str, str]) -
 
 
 def cannot_resume(path: Path, detail: str) -> IncompatibleCheckpoint:
+    """The error to raise for a sound checkpoint that this run cannot use; says what to do."""
     return IncompatibleCheckpoint(
         f"{path} cannot be resumed: {detail}. Use the old settings, another --checkpoint-dir, or "
         "--no-resume"
