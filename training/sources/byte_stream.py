@@ -129,6 +129,7 @@ class ByteStream:
         return b""
 
     def close(self) -> None:
+        """Close the file, which the stream has opened itself."""
         self._file.close()
 
     def _read(self, size: int) -> bytes:
@@ -199,6 +200,8 @@ class ByteWindow:
 
     @property
     def position(self) -> dict[str, int]:
+        """A frame's mark and `offset`, the decoded bytes before the record; drops marks left
+        behind."""
         while len(self._marks) > 1 and self._marks[1].plain <= self.offset:
             self._marks.pop(0)
         return {**asdict(self._marks[0]), "offset": self.offset}
@@ -234,6 +237,7 @@ class ByteWindow:
         self._at += size
 
     def close(self) -> None:
+        """Close the stream; the position stays readable."""
         self._stream.close()
 
     def _more(self) -> bool:

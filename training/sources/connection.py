@@ -73,6 +73,8 @@ class PacedSocket:
         self._inner.settimeout(min(self.read_timeout_s, remaining_s))
 
     def sendall(self, data: bytes) -> None:
+        """Send all of it; TimeoutError when one send takes longer than a read may. The deadline of
+        reads does not bound it."""
         self._inner.settimeout(self.read_timeout_s)
         self._inner.sendall(data)
 
@@ -81,6 +83,7 @@ class PacedSocket:
         return io.BufferedReader(_PacedReader(self, self._inner.makefile("rb", buffering=0)))
 
     def close(self) -> None:
+        """Close it; a file of `makefile` goes on reading until it is closed itself."""
         self._inner.close()
 
 

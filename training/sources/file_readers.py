@@ -86,6 +86,8 @@ class TextReader:
         return {**self._window.position, "piece": self._piece}
 
     def read(self) -> Record | None:
+        """The next piece; an empty file gives one empty record. A piece that is no text has a
+        reason."""
         # The look-ahead lets the bomb rule speak before the first piece is given out.
         data = self._window.peek(self._limit + EXCESS_BYTES)
         if not data and self._piece:
@@ -143,6 +145,7 @@ class JsonReader:
         return {**self._window.position, "row": self._row}
 
     def read(self) -> Record | None:
+        """The record of the next line that is not blank; blank ones count in `key`."""
         while (found := self._window.read_line(limit=_LINE_FACTOR * self._limit)) is not None:
             line, is_whole = found
             key = self._row
@@ -238,6 +241,8 @@ class ParquetReader:
         return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
     def read(self) -> Record | None:
+        """The next row, null ones too; DamagedFile already at the first if the field is not
+        there."""
         if not self.has_text:
             raise DamagedFile("missing_field" if self._field not in self.fields else "wrong_type")
         while self._values is None or self._index == len(self._values):

@@ -54,6 +54,7 @@ class Patience:
         return True
 
     def renew(self) -> None:
+        """Forget the fault: its place was read, or left out."""
         self.fault, self.meetings = "", 0
 
 
@@ -72,10 +73,12 @@ def seeded_order(items: Iterable[str], *, seed: int, salt: str) -> list[str]:
 
 
 def version_to_json(version: FileVersion | None) -> list[int | str] | None:
+    """Size and tag, as a saved position keeps them; None where none was asked yet."""
     return None if version is None else [version.size, version.tag]
 
 
 def version_from_json(value: list | None) -> FileVersion | None:
+    """The version that `version_to_json` wrote."""
     return None if value is None else FileVersion(size=value[0], tag=value[1])
 
 
@@ -112,11 +115,15 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """The new position, which may lie behind the end but not before the beginning; asks
+        nothing."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.version.size}
         self._position = max(0, base[whence] + offset)
         return self._position
 
     def read(self, size: int = -1) -> bytes:
+        """One range request; all that was asked for, less only at the end. Sets `checksum`
+        (CRC-32)."""
         stop = self.version.size if size < 0 else min(self._position + size, self.version.size)
         if stop <= self._position:
             return b""

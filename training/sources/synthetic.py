@@ -40,6 +40,7 @@ class Draw:
         return self.between(0, 10 ** self.between(1, 4) - 1)
 
     def word(self) -> str:
+        """One of the fixed list of English words."""
         return _WORDS[self.between(0, len(_WORDS) - 1)]
 
 

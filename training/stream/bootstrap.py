@@ -22,6 +22,8 @@ class BootstrapDocuments:
         self.size = self._split.num_documents
 
     def document(self, index: int) -> OpenDocument:
+        """Document `index` (0-based) of the endless sequence; its tokens are a view of the
+        corpus."""
         epoch, place = divmod(index, self.size)
         if epoch != self._epoch:
             self._order = permutation(self.size, seed=self._seed, epoch=epoch, stream=_ORDER_STREAM)

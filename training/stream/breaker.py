@@ -32,6 +32,8 @@ class CircuitBreaker:
         return self.failures >= self.threshold
 
     def fail(self, now: float) -> None:
+        """Count a failure at `now`, in seconds of any steady clock: the one that `wait_s` is asked
+        with."""
         self.failures += 1
         if not self.is_open:
             self._closed_at = now + RETRY_S
@@ -41,5 +43,6 @@ class CircuitBreaker:
         self._closed_at = now + min(LONGEST_PAUSE_S, doubled)
 
     def succeed(self) -> None:
+        """Close the circuit at once, however long the pause would have been; `trips` stays."""
         self.failures = 0
         self._closed_at = 0.0

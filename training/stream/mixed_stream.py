@@ -110,6 +110,7 @@ class MixedStream:
         return {"rows": self._rows, "draws": self.mixture.counter}
 
     def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors of what was seen lately; shards that wait are no part of it."""
         reopen = self._to_reopen
         if self._open is not None:
             reopen = {"key": self._open.key, "offset": self._open.offset}

@@ -70,12 +70,15 @@ class Mixture:
         return chosen, self._choose(available, counter, stream=1)
 
     def has_turn(self, key: str) -> bool:
+        """Whether the source still has tokens to its credit; a debt of earlier turns counts."""
         return self.credits.get(key, 0) > 0
 
     def grant(self, key: str) -> None:
+        """Credit a drawn source with one turn."""
         self.credits[key] = self.credits.get(key, 0) + self.turn_tokens
 
     def pay(self, key: str, tokens: int) -> None:
+        """Charge a document's tokens, also beyond the credit."""
         self.credits[key] = self.credits.get(key, 0) - tokens
 
     def _choose(self, keys: Sequence[str], counter: int, *, stream: int) -> str:

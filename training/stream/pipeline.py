@@ -30,7 +30,9 @@ _SPACE = re.compile(r"\s+")
 class DuplicateWindow(Protocol):
     """Recent documents of one source, to find near duplicates of them."""
 
-    def check(self, text: str) -> str | None: ...
+    def check(self, text: str) -> str | None:
+        """The reason to leave the text out, or None: then it is remembered."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -130,6 +132,7 @@ class ShardBuilder:
         return self.num_read >= self._limit or self._characters_left <= 0
 
     def add(self, document: Document) -> None:
+        """Take a document; its work may run on the pool. ValueError for a source without an id."""
         if document.source not in SOURCE_IDS:
             raise ValueError(
                 f"document {document.id}: source {document.source!r} has no id in SOURCE_IDS"

@@ -49,6 +49,7 @@ class RecentHashes:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the memory by a saved one of at most the same `size`."""
         used = state["ring"].numpy().view(np.uint64)
         self._count = state["count"]
         self._ring[: len(used)] = used

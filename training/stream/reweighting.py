@@ -99,6 +99,7 @@ class SourceFactors:
         return {source: record.signal for source, record in sorted(self._records.items())}
 
     def state_dict(self) -> dict[int, Any]:
+        """Averages, factor and last signal by source id; plain values."""
         return {
             source: {
                 "fast": (record.fast.total, record.fast.weight),
@@ -111,6 +112,7 @@ class SourceFactors:
         }
 
     def load_state_dict(self, state: dict[int, Any]) -> None:
+        """Replace what is known of all sources; the settings stay."""
         self._records = {
             source: _Record(
                 fast=_Average(*saved["fast"]),

@@ -65,7 +65,9 @@ def _tensor_hash(value: Any) -> str:
 class ShardStore(Protocol):
     """Shards between producer and consumer; used from both threads."""
 
-    def put(self, shard: Shard) -> None: ...
+    def put(self, shard: Shard) -> None:
+        """Keep a finished shard under its number; one that was there is replaced."""
+        ...
 
     def load(self, number: int, *, before: str) -> Shard | None:
         """The shard, or None when it is not here, damaged or of another beginning."""

@@ -56,6 +56,7 @@ class SourceCursor:
 
     @classmethod
     def from_state(cls, state: dict[str, JSON]) -> SourceCursor:
+        """The cursor that `state_dict` wrote; TypeError where a field is missing or unknown."""
         return cls(**{**state, "rejected": Counter(state["rejected"])})
 
 
