@@ -50,8 +50,7 @@ class RampSettings:
         return 1.0 if step >= self.ramp_steps else step / self.ramp_steps
 
     def is_open(self, step: int, *, real_batches: int) -> bool:
-        """Whether what stands above plain training may act; once open it stays so, as both numbers
-        only grow."""
+        """Whether what stands above plain training may act; keeps no memory of it."""
         return real_batches >= self.gate_batches or step >= LATEST_GATE_STEP
 
     @property

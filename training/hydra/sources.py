@@ -47,7 +47,7 @@ class Source(Protocol):
     """Items of one domain."""
 
     def draw(self) -> Item:
-        """The next item to practise on; which one follows from the seed and the number of draws."""
+        """The next item to practise on, which follows from settings and state alone."""
         ...
 
     def gate_items(self, count: int) -> list[Item]:

@@ -37,6 +37,7 @@ def read_exactly(descriptor, size):
 
 
 def write_all(descriptor, data):
+    """All of the bytes, in as many writes as that takes; OSError when the other end is gone."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
