@@ -118,7 +118,7 @@ class StepGraph:
         self._inputs: dict[str, Tensor] = {}
 
     def metrics(self) -> dict[str, float]:
-        """Graphs captured, and micro-batches whose backward was replayed, in this process so far."""
+        """Pairs of graphs captured, and micro-batches replayed by them, in this process so far."""
         return {"cuda_graph_captures": self.num_captures, "cuda_graph_replays": self.num_replays}
 
     def forward(self, batch: Batch, *, micro: int, parts: int) -> Any:
