@@ -148,7 +148,10 @@ def trained_parameters(model: nn.Module, scope: str) -> list[nn.Parameter]:
 
 
 def cut_chunks(batches: Iterable[Batch], *, num_tokens: int) -> list[list[Batch]]:
-    """Consecutive batches in chunks of at least `num_tokens` positions; the last may have fewer."""
+    """Consecutive batches in chunks of at least `num_tokens` positions; the last may have fewer.
+
+    A last one without a byte to predict (the end of the text alone) belongs to the one before.
+    """
     chunks: list[list[Batch]] = [[]]
     held = 0
     for batch in batches:
@@ -157,6 +160,8 @@ def cut_chunks(batches: Iterable[Batch], *, num_tokens: int) -> list[list[Batch]
             held = 0
         chunks[-1].append(batch)
         held += batch.input_ids.numel()
+    if len(chunks) > 1 and not any(batch.num_bytes for batch in chunks[-1]):
+        chunks[-2:] = [chunks[-2] + chunks[-1]]
     return chunks
 
 

@@ -164,6 +164,15 @@ def test_chunks_and_scores_add_up():
     assert joined(parts).num_bytes == whole.num_bytes
 
 
+def test_an_end_without_a_byte_belongs_to_the_chunk_before():
+    batches = text(5)
+    batches[-1] = replace(batches[-1], num_bytes=0)
+    assert [len(chunk) for chunk in cut_chunks(batches, num_tokens=64)] == [2, 3]
+    assert [len(chunk) for chunk in cut_chunks(batches[-1:], num_tokens=64)] == [1]
+    result = evaluate_with_ttt(make_model(), batches, settings=FAST, device=CPU)
+    assert (result.ttt_chunks, result.ttt_trained_chunks) == (2, 1)
+
+
 def test_a_failure_leaves_the_weights_as_well(monkeypatch):
     model, calls = make_model(), []
     before = digest(model)
