@@ -17,12 +17,12 @@ from training.build import EVAL_BATCH_TOKENS, build_autocast
 from training.build_data import build_corpus
 from training.build_inference import TrainedModel, load_for_inference
 from training.config.sigma_config import ConfigError, SigmaConfig
-from training.data import Batch, text_batches, validation_batches
+from training.data import IGNORED_LABEL, Batch, text_batches, validation_batches
 from training.evaluation import evaluate_bpb, read_eval_file
 from training.hidden_eval import as_columns, choose_questions, evaluate_hidden, read_manifest
 from training.hidden_process import end_with_trainer
 from training.runtime.environment import configure_threads, resolve_device
-from training.ttt import TTTSettings, evaluate_with_ttt
+from training.ttt import TTTSettings, cut_chunks, evaluate_with_ttt
 
 
 def run(config: SigmaConfig) -> int:
@@ -36,6 +36,8 @@ def run(config: SigmaConfig) -> int:
     configure_threads()
     loaded = load_for_inference(config)
     batches = list(_batches(config, loaded, content=content))
+    if config.ttt.enabled:
+        _require_two_chunks(batches, chunk_tokens=config.ttt.chunk_tokens)
     how = {"device": device, "autocast": build_autocast(config, device)}
     start = time.perf_counter()
     result = evaluate_bpb(loaded.model, batches, **how)
@@ -50,6 +52,23 @@ def run(config: SigmaConfig) -> int:
         report |= _learned(config, loaded, batches, **how)
     print(json.dumps(report) if config.run.json else _sentences(report))
     return 0
+
+
+def _require_two_chunks(batches: list[Batch], *, chunk_tokens: int) -> None:
+    """ConfigError when nothing could be learned: the last chunk never is, its score is the end."""
+    if len(cut_chunks(batches, num_tokens=chunk_tokens)) > 1:
+        return
+    seq_len = batches[0].input_ids.shape[1]
+    num_labels = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
+    # A chunk is whole rows, and one that holds the end of the text alone is none: -1 is that label.
+    rows = -(-(num_labels - 1) // seq_len)
+    mend = (
+        f"give --ttt-chunk-tokens {rows // 2 * seq_len} or less" if rows > 1 else "give more text"
+    )
+    raise ConfigError(
+        f"--ttt-enabled: the text is one chunk of --ttt-chunk-tokens {chunk_tokens}, and a chunk "
+        f"is learned from for the next one only: {mend}"
+    )
 
 
 def _learned(

@@ -95,6 +95,21 @@ def test_eval_with_test_time_training_says_both_figures(run_flags, tmp_path, cap
         evaluate.run(parse_args([*run_flags, "--mode", "eval", "--hidden", *learning]))
 
 
+def test_test_time_training_asks_for_a_second_chunk(run_flags, tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text("One line, again and again.\n" * 60, encoding="utf-8")
+    asked = [*run_flags, "--mode", "eval", "--json", "--ttt-enabled", "--eval-file", str(path)]
+    with pytest.raises(ConfigError, match=r"--ttt-enabled.*one chunk") as refused:
+        evaluate.run(parse_args(asked))
+    assert capsys.readouterr().out == ""
+    most = str(refused.value).split()[-3]
+    assert evaluate.run(parse_args([*asked, "--ttt-chunk-tokens", most])) == 0
+    assert json.loads(capsys.readouterr().out)["ttt_trained_chunks"] > 0
+    path.write_text("short", encoding="utf-8")
+    with pytest.raises(ConfigError, match="give more text"):
+        evaluate.run(parse_args([*asked, "--ttt-chunk-tokens", "1"]))
+
+
 def test_eval_file_equals_the_hand_computation(run_flags, saved_model, tmp_path, capsys):
     model, tokenizer = saved_model
     path = tmp_path / "text.txt"
