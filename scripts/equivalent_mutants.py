@@ -13,6 +13,7 @@ SNAPSHOT = "training.runtime.snapshot"
 _READ_LOOP = (
     "while size < limit and (part := ops.read(descriptor, min(CHUNK_BYTES, limit - size))):"
 )
+_IMPORT = "of the import: a module is loaded that only a Mac uses"
 _NO_BINARY = "there is no O_BINARY here, and "
 _CONSTANT = "if task.num_cases == 1 or not all(values_equal(expected[0], one) for one in expected):"
 _LIMIT = "MANIFEST_LIMIT_BYTES = 4 * 2**20"
@@ -73,7 +74,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         ATOMIC_IO,
         'if sys.platform == "darwin":',
         "condition negated: sys.platform == 'darwin'",
-    ): "of the import: a module is loaded that only a Mac uses",
+    ): _IMPORT,
+    (ATOMIC_IO, 'if sys.platform == "darwin":', "Eq -> NotEq"): _IMPORT,
     (
         CHECKPOINT,
         "make_dirs(self._ops, self.directory)",

@@ -258,10 +258,14 @@ def test_a_full_disk_of_unknown_size_is_said_so(ram_path: Path) -> None:
     store.close()
 
 
-def test_a_closed_store_leaves_no_thread(ram_path: Path) -> None:
+def test_a_closed_store_leaves_no_thread_and_no_lock(ram_path: Path) -> None:
     before = set(threading.enumerate())
-    save_steps(ram_path, 1)
+    store = open_store(ram_path)
+    store.save(1, *example(1))
+    lock = store._lock
+    store.close()
     assert set(threading.enumerate()) <= before
+    assert lock is not None and not lock._lock.is_locked
 
 
 def test_to_start_anew_takes_the_directory(ram_path: Path) -> None:
