@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import mutants
+from scripts import mutants, mutation
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="mutants run in forks")
 
@@ -42,7 +42,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def try_with(project: Path, test: str) -> dict[str, bool]:
-    pool = list(mutants.mutants_of("clipped_values", SOURCE))
+    pool = list(mutation.mutants_of("clipped_values", SOURCE))
     suites = {"clipped_values": (str(project / f"test_{test}.py"),)}
     assert not mutants.fails_without_mutant(suites["clipped_values"])
     found = mutants.try_all(pool, suites, jobs=2, minutes=5)
@@ -50,7 +50,7 @@ def try_with(project: Path, test: str) -> dict[str, bool]:
 
 
 def test_each_mutant_is_one_other_program() -> None:
-    pool = list(mutants.mutants_of("clipped_values", SOURCE))
+    pool = list(mutation.mutants_of("clipped_values", SOURCE))
     texts = [ast.unparse(mutant.tree) for mutant in pool]
     assert len({*texts, ast.unparse(ast.parse(SOURCE))}) == len(pool) + 1
     assert len({mutant.key for mutant in pool}) == len(pool)
@@ -61,9 +61,10 @@ def test_each_mutant_is_one_other_program() -> None:
 
 def test_what_was_noticed_stays_so_while_only_words_change() -> None:
     def keys(source: str) -> list[str]:
-        return [mutant.key for mutant in mutants.mutants_of("clipped_values", source)]
+        return [mutant.key for mutant in mutation.mutants_of("clipped_values", source)]
 
     assert keys(SOURCE.replace("A module.", "The module.\n\nIn two lines.")) == keys(SOURCE)
+    assert keys(SOURCE.replace("-> int:", '-> int:\n    """At most LIMIT."""')) == keys(SOURCE)
     assert not set(keys(SOURCE.replace("3", "4"))) & set(keys(SOURCE))
 
 
@@ -84,5 +85,5 @@ def test_tests_that_hang_have_noticed(project: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_no_mutant_is_started_once_the_time_is_over(project: Path) -> None:
-    pool = list(mutants.mutants_of("clipped_values", SOURCE))
+    pool = list(mutation.mutants_of("clipped_values", SOURCE))
     assert list(mutants.try_all(pool, {}, jobs=2, minutes=0)) == []
