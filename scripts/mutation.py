@@ -12,7 +12,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from scripts.equivalent_mutants import EQUIVALENT
 
@@ -70,8 +70,9 @@ def mutants_of(module: str, source: str) -> Iterator[Mutant]:
 
 def nodes_that_do(tree: ast.Module) -> Iterator[ast.AST]:
     """All nodes but docstrings, so that words about the code move no other node's place."""
-    docstrings = {node.body[0] for node in ast.walk(tree) if has_docstring(node)}
-    said = {part for docstring in docstrings for part in ast.walk(docstring)}
+    said = {
+        part for node in ast.walk(tree) if has_docstring(node) for part in ast.walk(node.body[0])
+    }
     return (node for node in ast.walk(tree) if node not in said)
 
 
@@ -84,7 +85,7 @@ def without_docstrings(tree: ast.Module) -> ast.Module:
     return copied
 
 
-def has_docstring(node: Any) -> bool:
+def has_docstring(node: ast.AST) -> TypeGuard[ast.Module | ast.ClassDef | ast.FunctionDef]:
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef
     return isinstance(node, kinds) and ast.get_docstring(node) is not None
 

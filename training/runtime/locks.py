@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import socket
 import sys
 from datetime import UTC, datetime
@@ -117,7 +116,7 @@ def _describe_self() -> bytes:
     redactor = Redactor.from_environment(os.environ)
     owner = {
         "pid": os.getpid(),
-        "host": socket.gethostname() or platform.node(),
+        "host": socket.gethostname(),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(redactor.clean_argv(sys.argv)),
     }

@@ -51,6 +51,13 @@ def test_saves_are_numbered_from_one_over_all_lives(ram_path: Path) -> None:
     assert [body_of(ram_path, step)["sequence"] for step in (3, 6, 5)] == [1, 2, 3]
 
 
+def test_a_manifest_that_says_nothing_counts_for_nothing(ram_path: Path) -> None:
+    save_steps(ram_path, 1)
+    (ram_path / "checkpoint_step_00000001" / "MANIFEST.json").write_bytes(b"torn")
+    save_steps(ram_path, 2)
+    assert body_of(ram_path, 2)["sequence"] == 1
+
+
 def test_a_manifest_that_was_read_is_the_one_that_was_written(ram_path: Path) -> None:
     save_steps(ram_path, 1)
     found = read_manifest(FileOps(), ram_path / "checkpoint_step_00000001")
