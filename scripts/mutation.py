@@ -86,8 +86,10 @@ def without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def has_docstring(node: ast.AST) -> TypeGuard[ast.Module | ast.ClassDef | ast.FunctionDef]:
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-    return isinstance(node, kinds) and ast.get_docstring(node) is not None
+    return (
+        isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and ast.get_docstring(node) is not None
+    )
 
 
 def parts_that_say(node: ast.AST) -> Iterator[ast.AST]:
