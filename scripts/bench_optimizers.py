@@ -66,7 +66,7 @@ LION_GRID = (0.001, 0.002, 0.004)
 ARMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "adamw": ("--optimizer adamw", ADAM_GRID),
     "muon": ("--optimizer muon --muon-iteration quintic", MUON_GRID),
-    "muon-polar": ("--optimizer muon", MUON_GRID),
+    "muon-polar": ("--optimizer muon --muon-iteration polar-express", MUON_GRID),
     "normuon": ("--optimizer normuon", MUON_GRID),
     "adamuon": ("--optimizer adamuon", ADAM_GRID),
     "soap": ("--optimizer soap", ADAM_GRID),

@@ -8,7 +8,16 @@ import math
 import pytest
 
 from scripts import bench_optimizers
-from scripts.bench_optimizers import ARMS, PRESETS, Bench, build_parser, interval, main, steps_to
+from scripts.bench_optimizers import (
+    ARMS,
+    PRESETS,
+    Bench,
+    arm_config,
+    build_parser,
+    interval,
+    main,
+    steps_to,
+)
 from training.config.cli import parse_args
 from training.config.sections import OPTIMIZERS
 
@@ -146,3 +155,12 @@ def test_another_setting_needs_another_file(tmp_path):
     options = build_parser().parse_args(["--out", str(out), "--flags", "--steps 3"])
     with pytest.raises(SystemExit, match="another setting"):
         Bench(options)
+
+
+@pytest.mark.parametrize("preset", ["small", "quickstart"])
+def test_every_arm_is_another_optimizer(preset):
+    """A profile's flag must not win over the one that an arm is named after."""
+    configs = {name: arm_config(preset, name, lr=0.01, seed=1, more=[]) for name in ARMS}
+    optimizers = [(config.optim, config.c3o) for config in configs.values()]
+    assert all(optimizers.count(one) == 1 for one in optimizers)
+    assert configs["muon-polar"].optim.muon_iteration == "polar-express"
