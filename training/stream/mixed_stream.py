@@ -78,10 +78,12 @@ class MixedStream:
         for reader in self._readers.values():
             reader.start()
         deadline = self._now() + patience_s
-        for reader in self._readers.values():
+        for key, reader in self._readers.items():
             reader.await_contact(max(0.0, deadline - self._now()))
             if reader.failure is not None:
                 raise ValueError(str(reader.failure))
+            if reader.error is not None:
+                self._messages.append(f"source {key} does not deliver yet: {reader.error}")
 
     def next_batch(self) -> Batch:
         """`batch_size` consecutive rows; of a group of ranks, each takes its part of the rows."""

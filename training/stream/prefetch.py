@@ -22,6 +22,7 @@ from training.stream.pipeline import DocumentPipeline, DuplicateWindow, ShardBui
 from training.stream.shards import Shard, ShardStore, snapshot_hash
 
 FIRST_SHARD_DOCUMENTS = 16
+FLAGS = {"local": "--local-path: ", "pdf": "--pdf-path: "}
 IDLE_S = 0.5  # how long an idle thread sleeps at most before it looks again
 POLL_S = 0.05
 # How long a reader that is a shard ahead rests, in times of its work: training needs the cores.
@@ -52,7 +53,7 @@ class SourceReader:
     """Makes the shards of one source in order and puts them into its store.
 
     failure: why nothing will ever come any more. error: the newest failure of a read.
-    contacted: set once a document, a stored shard or a failure was seen.
+    contacted: set once a shard with a document in it, or a failure, was seen.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class SourceReader:
             return self._request is None and self._number > number
 
     def await_contact(self, patience_s: float) -> None:
-        """Wait until the source has given a document or failed."""
+        """Wait until the source has given a document that is kept, or failed."""
         if self._threaded:
             self.contacted.wait(patience_s)
             return
@@ -246,7 +247,6 @@ class SourceReader:
             self._finish(epoch_ends=True)
             return
         self._builder.add(document)
-        self.contacted.set()
         if self._builder.is_full:
             self._finish(epoch_ends=False)
 
@@ -301,7 +301,9 @@ class SourceReader:
         epoch, kept = snapshot["epoch"], snapshot["kept"] + len(shard)
         if epoch_ends and kept == 0:
             raise SourceError(
-                f"source {self.key} holds no usable document ({_counts(shard.rejected)})",
+                f"{FLAGS.get(self.key, '')}source {self.key} holds no usable document "
+                f"({_counts(shard.rejected)}); give it other text, or --no-quality-filter if it is "
+                "as it should be",
                 reason="no_document",
                 transient=False,
             )
@@ -323,7 +325,8 @@ class SourceReader:
     def _publish(self, shard: Shard) -> None:
         with self._changed:
             self._number, self._snapshot = shard.number + 1, shard.after
-            self.contacted.set()
+            if len(shard):
+                self.contacted.set()
             self._changed.notify_all()
 
     def _note(self, error: SourceError) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.fake_sources import FakeSource, permanent
+from tests.training.fake_sources import FakeSource
 from tests.training.mixed import CORPUS, digest, mixed_stream, take, three_sources
 from tests.training.small_corpus import TOKENIZER, assert_same
 from training.runtime.state_tree import join_state, split_state
@@ -221,21 +221,6 @@ def test_other_material_under_the_same_name_is_refused_by_the_source():
         stream.load_state_dict(state)
         with pytest.raises(RuntimeError, match=r"not the one of the checkpoint.*--no-resume"):
             stream.next_batch()
-
-
-def test_a_wrong_name_is_told_before_the_first_batch():
-    sources = three_sources()
-    sources["edu"].fails = lambda source: permanent()
-    for workers in (0, 1):
-        with mixed_stream(sources, workers=workers) as stream:
-            with pytest.raises(ValueError, match="set HF_TOKEN"):
-                stream.start(patience_s=30.0)
-
-
-def test_an_empty_source_is_told_before_the_first_batch():
-    with mixed_stream({"web": FakeSource(size=0)}) as stream:
-        with pytest.raises(ValueError, match="web holds no usable document"):
-            stream.start(patience_s=30.0)
 
 
 def test_finite_sources_end_and_the_end_is_part_of_the_state():
