@@ -262,7 +262,7 @@ def test_a_closed_store_leaves_no_thread_and_no_lock(ram_path: Path) -> None:
     before = set(threading.enumerate())
     store = open_store(ram_path)
     store.save(1, *example(1))
-    lock = store._lock
+    lock, _executor = store._lock, store._executor  # kept, or their end would do it
     store.close()
     assert set(threading.enumerate()) <= before
     assert lock is not None and not lock._lock.is_locked
