@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from model.generation import generate
 from model.opaque import compile_model
 from model.sigma_llm import SigmaLLM
 from training.build_data import build_corpus, build_stream, build_tokenizer
-from training.build_guards import build_guards
+from training.build_guards import build_guards, open_record
 from training.build_hydra import build_hydra
 from training.build_replay import build_replay
 from training.build_rl import build_rl
 from training.build_trials import build_trials
-from training.config.cli import write_resolved
 from training.config.hydra_sections import HydraConfig
 from training.config.sigma_config import SigmaConfig
 from training.data import TokenCorpus, validation_batches
@@ -273,7 +273,7 @@ def build_trainer(
             scaler=scaler,
             evaluate=build_evaluator(config, corpus, device, say=display.message),
             sample=build_sampler(config, tokenizer, device, say=display.message),
-            on_open=lambda: (write_resolved(config, Path(config.run.output_dir)), guards.open()),
+            on_open=partial(open_record, config, guards),
             report=ReportRefresher(write_report, say=display.message),
             passes=build_passes(config, model, scaler, device),
             start_facts=start_facts(config, model),

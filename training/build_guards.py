@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from training.config.cli import write_resolved
 from training.config.sigma_config import SigmaConfig
 from training.hidden_eval import choose_questions, read_manifest
 from training.hidden_process import HiddenEvalProcess, program_command
@@ -62,3 +63,14 @@ def hidden_eval_command(config: SigmaConfig, device: torch.device, directory: Pa
         f"--integrity-hidden-eval-manifest={integrity.integrity_hidden_eval_manifest}",
         f"--integrity-hidden-eval-tasks={integrity.integrity_hidden_eval_tasks}",
     ]
+
+
+def open_record(config: SigmaConfig, guards: IntegrityGuards, step: int) -> None:
+    """Write settings and fingerprints into the run's directory, at the step it begins with.
+
+    Started again when no step is left, a run keeps those that it was trained with.
+    """
+    home = Path(config.run.output_dir)
+    if step < config.run.steps or not (home / "config.json").exists():
+        write_resolved(config, home)
+        guards.open()

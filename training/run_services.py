@@ -35,11 +35,12 @@ class RunServices:
     plan: rows per micro-batch; short memory makes it finer. memory, watchdog: asked for relief, and
     told that the run is alive, at every step. audit: guards that watch and never steer. scaler: of
     the loss, which passes apply and the update takes off. evaluate, sample: columns of an
-    evaluation, and text the model writes now; None without memory. on_open: called once the run
-    directory is locked (the resolved settings). report: refreshed after saves. passes: forward and
-    backward of a micro-batch. probe: held-out training text, where a feature decides by it. rl:
-    learner from rewards, if any. replay: of completions that passed, if any. trials: of overlays,
-    between steps. hydra: adapters per domain. policy: what controllers change.
+    evaluation, and text the model writes now; None without memory. on_open: called once the
+    run directory is locked, with the step that the run begins with (the resolved settings). report:
+    refreshed after saves. passes: forward and backward of a micro-batch. probe: held-out training
+    text, where a feature decides by it. rl: learner from rewards, if any. replay: of completions
+    that passed, if any. trials: of overlays, between steps. hydra: adapters per domain. policy:
+    what controllers change.
     """
 
     clock: PhaseClock
@@ -53,7 +54,7 @@ class RunServices:
     scaler: torch.amp.GradScaler
     evaluate: Callable[[nn.Module], dict[str, float | None]]
     sample: Callable[[nn.Module], str | None]
-    on_open: Callable[[], object]
+    on_open: Callable[[int], object]
     report: ReportRefresher
     passes: MicroPass
     start_facts: dict[str, Any]

@@ -237,15 +237,17 @@ class SigmaTrainer:
         checkpoint = store.start_anew() if run.no_resume else store.load_newest()
         state = None if checkpoint is None else join_run_state(checkpoint)
         offset = None if state is None else state["run"]["recorder"]["metrics_offset"]
-        recorder.open(metrics_offset=offset, step=checkpoint.step if checkpoint else 0)
-        self.services.on_open()
+        begun = checkpoint.step if checkpoint else 0
+        recorder.open(metrics_offset=offset, step=begun)
+        self.services.on_open(begun)
         self.features.run("on_setup", replace(self.begin_step(), step=self.step))
         if checkpoint is not None and state is not None:
             self.load_state_dict(state)
             self._follow(checkpoint, state)
         recorder.display.start(step=self.step, total_steps=run.steps)
         if checkpoint is not None:
-            recorder.display.message(f"resumed from step {self.step} ({checkpoint.path})")
+            more = "" if begun < run.steps else "; a larger --steps trains on"
+            recorder.display.message(f"resumed from step {begun} ({checkpoint.path}){more}")
         facts = {
             **self.services.start_facts,
             "startup_init_s": time.time() - psutil.Process().create_time(),

@@ -51,6 +51,21 @@ def test_other_settings_than_the_checkpoints_are_named(trained, tmp_path, capsys
     assert train_sigma.main([*trained, *more, "--no-resume"]) == 0
 
 
+@pytest.mark.parametrize("more", [("--lr", "0.5"), ("--steps", "1", "--log-interval", "7")])
+def test_a_finished_run_started_again_keeps_its_record(tmp_path, capsys, more):
+    """No step is left that other settings could be tried on."""
+    flags = small_flags(tmp_path / "run", *ONE_STEP, "--steps", "2")
+    assert train_sigma.main(flags) == 0
+    kept = [tmp_path / "run" / name for name in ("config.json", "resolved_args.txt")]
+    before = [path.read_bytes() for path in kept]
+    capsys.readouterr()
+    assert train_sigma.main([*flags, *more]) == 0
+    assert "; a larger --steps trains on" in "".join(capsys.readouterr())
+    assert [path.read_bytes() for path in kept] == before
+    assert train_sigma.main([*flags, *more, "--steps", "3"]) == 0
+    assert [path.read_bytes() for path in kept] != before
+
+
 @pytest.mark.parametrize("more", [(), ("--no-resume",), ("--fractal-arch-search", "--ema-enabled")])
 def test_a_checkpoint_directory_of_another_run_is_refused(tmp_path, monkeypatch, capsys, more):
     """Before anything is built, and, should both begin at once, before anything is trained."""

@@ -73,13 +73,16 @@ class MetricsLog:
     def resume(self, offset: int, *, last_step: int | None = None) -> Path | None:
         """Cut the file at a checkpoint's offset; the file the rows behind it were moved to.
 
-        An offset beyond the end (a medium has lost rows) keeps all there is; one inside a row
+        An offset beyond the end (a medium has lost rows, or the run goes on in another directory)
+        keeps all there is; one inside a row
         moves that row too. Rows above `last_step` go in any case: in a file that lost rows, those
         of a later life stand where the checkpoint's own were.
         """
         self._waiting.clear()
-        if offset > self._offset:
+        if 0 < self._offset < offset:
             _LOG.warning("%s lost %d bytes of rows", self.path, offset - self._offset)
+        elif offset > self._offset:
+            _LOG.warning("%s begins anew: the rows of earlier steps are not here", self.path)
         cut = max(0, min(offset, self._offset))
         if cut and self._read(cut - 1, cut) != _NEWLINE:
             cut = self._row_start(cut)
