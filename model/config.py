@@ -165,7 +165,12 @@ class SigmaModelConfig:
 
     def _validate_attention(self) -> None:
         given = self.head_dim > 0
-        _require(given or self.d_model % self.n_heads == 0, "n_heads", "must divide --d-model")
+        _require(
+            given or self.d_model % self.n_heads == 0,
+            "n_heads",
+            f"must divide --d-model, {self.d_model}, "
+            f"{_nearest_divisors(self.d_model, self.n_heads)}",
+        )
         _require(self.rope_dim > 0 and self.rope_dim % 2 == 0, "rope_dim", "must be even, > 0")
         _require(
             self.diff_attention_lambda_min
@@ -186,7 +191,8 @@ class SigmaModelConfig:
         _require(
             self.d_inner % self.mamba_head_dim == 0,
             "mamba_head_dim",
-            "must divide --mamba-expand times --d-model",
+            f"must divide --mamba-expand times --d-model, {self.d_inner}, "
+            f"{_nearest_divisors(self.d_inner, self.mamba_head_dim)}",
         )
         _require(
             0.0 <= self.mamba_rope_fraction <= 1.0, "mamba_rope_fraction", "must lie in [0, 1]"
@@ -255,3 +261,11 @@ class SigmaModelConfig:
 def _require(condition: bool, field: str, message: str) -> None:
     if not condition:
         raise ValueError(f"--{field.replace('_', '-')} {message}")
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    """ "as 4 and 6 do", the ones below and above `wanted`."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = max(n for n in divisors if n <= max(1, wanted))
+    above = min((n for n in divisors if n >= wanted), default=below)
+    return f"as {below} and {above} do" if above != below else f"as {below} does"

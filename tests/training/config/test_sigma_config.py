@@ -198,7 +198,7 @@ def test_model_config_carries_every_model_flag():
         (["--output-dir", " "], "--output-dir must name a directory"),
         (["--checkpoint-dir="], "--checkpoint-dir must name a directory"),
         (["--tokenizer-name="], "--tokenizer-name must not be empty"),
-        (["--n-heads", "7"], "--n-heads must divide --d-model"),
+        (["--n-heads", "7"], "--n-heads must divide --d-model, 768, as 6 and 8 do"),
         (["--moe-top-k", "9"], "--moe-top-k must lie between 1 and --n-routed-experts"),
         (["--d-ff", "3073"], "--d-ff must be a multiple of"),
         (["--mamba-ratio", "0", "--attention-ratio", "0"], "--mamba-ratio"),
