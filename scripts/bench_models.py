@@ -6,6 +6,7 @@ attention and experts. Router noise is off in both (the plain twin has none).
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -39,8 +40,11 @@ SIZES: dict[str, tuple[str, ...]] = {
 
 
 def quickstart_config(device: torch.device, *flags: str) -> SigmaConfig:
-    """The quickstart with all parts of the network and `flags` on top, in a folder of its own."""
-    folder = tempfile.mkdtemp(prefix="sigma_bench_")
+    """The quickstart with all parts of the network and `flags` on top.
+
+    Its folder is a name only: nothing is written before `fit`.
+    """
+    folder = Path(tempfile.gettempdir()) / f"sigma_bench_{os.getpid()}"
     return parse_args(
         [
             f"@{ROOT / 'profiles' / 'quickstart.txt'}",
