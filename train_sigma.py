@@ -123,6 +123,10 @@ def dispatch(config: SigmaConfig) -> int:
             from training.modes import report
 
             return report.run(config)
+        case "watch":
+            from training.modes import watch
+
+            return watch.run(config)
         case "support":
             from training.modes import support
 

@@ -77,7 +77,7 @@ def read_run(output_dir: Path, *, columns: Collection[str]) -> RunRecord:
         columns={name: np.array(column)[order] for name, column in values.items()},
         known={name: value for name, value in known.items() if value is not None},
         samples=_read_samples(output_dir / "samples.jsonl"),
-        config=_read_config(output_dir / "config.json"),
+        config=read_settings(output_dir),
     )
 
 
@@ -133,7 +133,9 @@ def _read_samples(path: Path) -> list[Sample]:
     return [found[step] for step in sorted(found)]
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_settings(output_dir: Path) -> dict[str, Any]:
+    """Settings of the run in a directory, section by section; {} where there are none."""
+    path = output_dir / "config.json"
     if not path.is_file():
         return {}
     try:

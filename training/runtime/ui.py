@@ -80,13 +80,21 @@ class RunConsole(Console):
 
 
 class RunDisplay:
-    """The run as a person sees it. Every method may be called at any time, also after `close`."""
+    """The run as a person sees it. Every method may be called at any time, also after `close`.
+
+    now: seconds of any clock. hint: what the last line of the panel says of Ctrl+C.
+    """
 
     def __init__(
-        self, *, console: Console | None = None, now: Callable[[], float] = time.monotonic
+        self,
+        *,
+        console: Console | None = None,
+        now: Callable[[], float] = time.monotonic,
+        hint: str = STOP_HINT,
     ) -> None:
         self._console = console or RunConsole(highlight=False, markup=False, emoji=False)
         self._now = now
+        self._hint = hint
         self._live: Live | None = None
         self._silent = False
         self._rate = StepRate()
@@ -191,7 +199,7 @@ class RunDisplay:
             short = self._sample if len(self._sample) <= limit else self._sample[:limit] + "..."
             body.add_row("it writes", Text(self._encodable(short), style="italic"))
         if self._step < self._total:
-            parts.append(Text(STOP_HINT, style="dim"))
+            parts.append(Text(self._hint, style="dim"))
         return Panel(Group(*parts), title="SIGMA", title_align="left", border_style="cyan")
 
     def _facts(self) -> list[tuple[str, str]]:

@@ -43,10 +43,6 @@ DEVIATIONS = {
     ("--torch-compile", "default"): ("off", "compiling takes minutes and no gain is measured"),
     ("--quant-mode", "type"): ("{bitnet_1_58,none}", "the high-precision twin is measured too"),
     ("--residual-layout", "default"): ("two-stream", "the table leaves it to measurement"),
-    ("--mode", "type"): (
-        "{train,plan,doctor,data,eval,generate,chat,export,report,support}",
-        "watch does not exist yet",
-    ),
     ("--data-backend", "type"): (
         "{embedded,local,hf,commoncrawl,hybrid}",
         "the shipped text and own files are backends too",
