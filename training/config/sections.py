@@ -40,7 +40,7 @@ class RunConfig:
     save_interval: int = flag(100, "Save a checkpoint every N steps.", minimum=1)
     max_checkpoints: int = flag(5, "Number of newest valid checkpoints kept.", minimum=2)
     no_resume: bool = flag(False, "Start fresh instead of resuming the newest valid checkpoint.")
-    json: bool = flag(False, "Print what a mode finds (plan, doctor, data, eval, watch ...) as JSON.")
+    json: bool = flag(False, "Print what plan, doctor, data, eval, watch and others find as JSON.")
     self_check: bool = flag(
         False, "With --mode doctor: examine the program itself, as after packing it."
     )
