@@ -69,6 +69,7 @@ class MixedStream:
         self._to_reopen: dict[str, Any] | None = None
         self._shards: dict[str, Shard] = {}
         self._seen: set[str] = set()  # sources that have delivered in this process
+        self._named: set[str] = set()  # sources that start() said do not deliver
         self._messages: list[str] = []
         self._on_bootstrap = False
 
@@ -83,6 +84,7 @@ class MixedStream:
             if reader.failure is not None:
                 raise ValueError(str(reader.failure))
             if reader.error is not None:
+                self._named.add(key)
                 self._messages.append(f"source {key} does not deliver yet: {reader.error}")
 
     def next_batch(self) -> Batch:
@@ -267,11 +269,10 @@ class MixedStream:
         )
 
     def _why_not(self) -> str:
-        reasons = []
-        for key, cursor in self.cursors.items():
-            error = self._readers[key].error
-            reasons.append(f"{key}: {cursor.ended or (error and str(error)) or 'silent'}")
-        return "; ".join(reasons)
+        return "; ".join(
+            f"{key}: {cursor.ended or self._readers[key].error or 'silent'}"
+            for key, cursor in self.cursors.items()
+        )
 
     def _read(self, key: str) -> OpenDocument | None:
         """The next document of a source that is new; None when it has none now."""
@@ -333,9 +334,10 @@ class MixedStream:
             return
         cursor.stalled = True
         cursor.timeouts += 1
+        if key in self._seen or key not in self._named:
+            error = self._readers[key].error
+            self._messages.append(f"source {key} has nothing to give now ({error or 'too slow'})")
         self._seen.add(key)
-        error = self._readers[key].error
-        self._messages.append(f"source {key} has nothing to give now ({error or 'too slow'})")
 
     def _next_shard(self, key: str, shard: Shard) -> None:
         cursor = self.cursors[key]

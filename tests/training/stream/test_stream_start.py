@@ -41,3 +41,24 @@ def test_one_that_fails_for_now_is_told_and_waited_for():
         assert [text for text in stream.take_messages() if "edu does not deliver yet: " in text]
         take(stream, 40)
         assert stream.served_tokens["edu"] > 0
+
+
+def test_a_source_told_at_the_start_is_told_again_only_when_it_has_delivered_since():
+    clock, down = FakeClock(), {"edu": True}
+    sources = three_sources()
+    sources["edu"].fails = lambda source: transient() if down["edu"] else None
+    with mixed_stream(sources, clock=clock, read_timeout_s=2.5) as stream:
+
+        def told(steps):
+            take(stream, steps)
+            return [text for text in stream.take_messages() if "source edu" in text]
+
+        stream.start(patience_s=5.0)
+        (first,) = told(60)
+        assert "edu does not deliver yet" in first
+        down["edu"] = False
+        clock.now += 120.0
+        assert told(60) == ["source edu delivers again"]
+        down["edu"] = True
+        (again,) = told(150)
+        assert "edu has nothing to give now" in again
