@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from ctypes import wintypes
 from typing import Any, BinaryIO
 
@@ -223,8 +224,10 @@ if sys.platform == "win32":
                 raise OSError(None, "SetInformationJobObject", None, error)
         return job
 
-    def _create_pipe(*, child_reads: bool) -> tuple[wintypes.HANDLE, wintypes.HANDLE]:
-        """The child's end, which it inherits, and ours, which it does not."""
+    def _create_pipe(
+        childs: ExitStack, ours: ExitStack, *, child_reads: bool
+    ) -> tuple[wintypes.HANDLE, wintypes.HANDLE]:
+        """The child's end, which it inherits, and ours, which it does not; the stacks own them."""
         attributes = SecurityAttributes(ctypes.sizeof(SecurityAttributes), None, True)
         reading, writing = wintypes.HANDLE(), wintypes.HANDLE()
         _checked(
@@ -233,9 +236,11 @@ if sys.platform == "win32":
             ),
             "CreatePipe",
         )
-        child, ours = (reading, writing) if child_reads else (writing, reading)
-        _checked(_kernel32.SetHandleInformation(ours, HANDLE_INHERIT, 0), "SetHandleInformation")
-        return child, ours
+        child, our = (reading, writing) if child_reads else (writing, reading)
+        childs.callback(_kernel32.CloseHandle, child)
+        ours.callback(_kernel32.CloseHandle, our)
+        _checked(_kernel32.SetHandleInformation(our, HANDLE_INHERIT, 0), "SetHandleInformation")
+        return child, our
 
     def _open_nowhere() -> wintypes.HANDLE:
         attributes = SecurityAttributes(ctypes.sizeof(SecurityAttributes), None, True)
@@ -314,25 +319,23 @@ if sys.platform == "win32":
             cpu_s: int,
             environment: dict[str, str],
         ) -> SystemChild:
-            job = _create_job(memory_bytes=memory_bytes, cpu_s=cpu_s)
-            child_in, our_in = _create_pipe(child_reads=True)
-            child_out, our_out = _create_pipe(child_reads=False)
-            nowhere = _open_nowhere()
-            inherited = (wintypes.HANDLE * 3)(child_in, child_out, nowhere)
-            try:
+            with ExitStack() as childs, ExitStack() as ours:
+                job = _create_job(memory_bytes=memory_bytes, cpu_s=cpu_s)
+                ours.callback(_kernel32.CloseHandle, job)
+                child_in, our_in = _create_pipe(childs, ours, child_reads=True)
+                child_out, our_out = _create_pipe(childs, ours, child_reads=False)
+                nowhere = _open_nowhere()
+                childs.callback(_kernel32.CloseHandle, nowhere)
+                inherited = (wintypes.HANDLE * 3)(child_in, child_out, nowhere)
                 information = _create_suspended(command, inherited, container, environment)
                 process = wintypes.HANDLE(information.process)
+                ours.callback(_kernel32.CloseHandle, wintypes.HANDLE(information.thread))
+                ours.callback(_kernel32.CloseHandle, process)
                 if not _kernel32.AssignProcessToJobObject(job, process):
                     error = ctypes.get_last_error()
                     _kernel32.TerminateProcess(process, 1)
                     raise OSError(None, "AssignProcessToJobObject", None, error)
-            except OSError:
-                for handle in (our_in, our_out, job):
-                    _kernel32.CloseHandle(handle)
-                raise
-            finally:
-                for handle in (child_in, child_out, nowhere):
-                    _kernel32.CloseHandle(handle)
+                ours.pop_all()
             to_child = os.fdopen(msvcrt.open_osfhandle(our_in.value or 0, os.O_BINARY), "wb", 0)
             from_child = os.fdopen(msvcrt.open_osfhandle(our_out.value or 0, os.O_BINARY), "rb", 0)
             return SystemChild(job, information, to_child, from_child)
