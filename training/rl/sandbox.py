@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -200,9 +201,11 @@ def _isolation(kind: str, limits: SandboxLimits) -> Isolation:
 def _probe(sandbox: Sandbox) -> None:
     """SandboxUnavailable unless a program runs in here and can do nothing it must not."""
     path = str(Path(__file__).resolve())
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        case = (path, listener.getsockname()[1])
-        job = Job(program=PROBE, function="escapes", cases=(case,))
+    with ExitStack() as stack:
+        port = 0
+        if sys.platform == "win32":
+            port = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+        job = Job(program=PROBE, function="escapes", cases=((path, port),))
         reply = sandbox.run(job, limit_s=PROBE_LIMIT_S)
     if reply.lines() != [b'{"value": []}']:
         raise SandboxUnavailable(f"its probe said {reply.data[:200]!r} ({reply.outcome})")
