@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from training.config.fields import ConfigError
@@ -113,7 +114,7 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}") from None
+        raise ConfigError(f"there is no file {path}{_mend_of_missing(path)}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot read {str(path)!r}: {reason}") from None
@@ -133,3 +134,20 @@ def read_text(path: Path) -> str:
         line = text.count("\n", 0, found.start()) + 1
         raise ConfigError(f"{path} is no text file (byte 0x{ord(found[0]):02x} in line {line})")
     return text
+
+
+def _mend_of_missing(path: Path) -> str:
+    """The file that is perhaps meant, there or among the profiles, as the end of a message."""
+    if not path.parent.is_dir():
+        return f", nor a folder {path.parent}; check the path"
+    near = [file for folder in (path.parent / "profiles", path.parent) for file in _files(folder)]
+    by_stem = {file.stem: file for file in near}
+    close = get_close_matches(path.stem, by_stem, n=1)
+    return f"; did you mean {by_stem[close[0]]}?" if close else "; check the path"
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,23 @@ def test_plain_values_are_written_plainly():
         assert encode_value(value) == value
     assert encode_value("The ") == '"The "'
     assert encode_value("two\nlines") == r'json:"two\nlines"'
+
+
+@pytest.mark.parametrize(
+    ("given", "mend"),
+    [
+        ("quikstart.txt", "; did you mean {folder}quickstart.txt?"),
+        ("quickstart", "; did you mean {folder}quickstart.txt?"),
+        ("aktivation.txt", "; did you mean {folder}profiles/activation.txt?"),
+        ("zz", "; check the path"),
+        ("no/zz.txt", ", nor a folder {folder}no; check the path"),
+    ],
+)
+def test_a_missing_file_is_told_with_the_one_that_is_meant(tmp_path, given, mend):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "activation.txt").touch()
+    (tmp_path / "quickstart.txt").touch()
+    with pytest.raises(ConfigError) as told:
+        list(read_words(tmp_path / given))
+    mend = mend.replace("{folder}", f"{tmp_path}/").replace("/", os.sep)
+    assert str(told.value) == f"there is no file {tmp_path / given}{mend}"

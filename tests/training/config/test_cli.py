@@ -174,7 +174,7 @@ def test_a_profile_edited_on_windows_is_read_unchanged(tmp_path, newline, mark, 
         (["--no-no-resume"], "unknown flag --no-no-resume; did you mean --no-resume?"),
         (["steps=5"], "unexpected argument 'steps=5': flags start with --"),
         (["@"], "@ must be followed by the name of an args file"),
-        (["@does/not/exist.txt"], "there is no file"),
+        (["@does/not/exist.txt"], f", nor a folder {Path('does/not')}; check the path"),
         (["--output-dir", "a\nb"], "--output-dir must be a path on one line"),
         (["--output-dir", "caf\udce9"], "--output-dir holds bytes that are not UTF-8"),
     ],
@@ -190,7 +190,7 @@ def test_a_mistake_in_a_file_names_its_line(tmp_path):
     message = failure_of(f"@{outer}")
     assert message == f"unknown flag --stpes; did you mean --steps? ({inner} line 3)"
     outer.write_text("@missing.txt\n")
-    assert f"missing.txt ({outer} line 1)" in failure_of(f"@{outer}")
+    assert f"missing.txt; check the path ({outer} line 1)" in failure_of(f"@{outer}")
     outer.write_text("--lr 1\n--steps\n# no value\n--seed 2\n")
     assert f"({outer} line 2)" in failure_of(f"@{outer}")
 
