@@ -161,6 +161,7 @@ class RunRecorder:
         wall = self.wall_seconds()
         self.load_state_dict(state)
         self._wall_before = wall
+        self._last_row_step, self._last_row_time = step, time.perf_counter()
 
     def close(self) -> None:
         """Close display and files, also when one of them fails; what it raised comes last."""
