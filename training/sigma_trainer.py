@@ -386,7 +386,7 @@ class SigmaTrainer:
             step=self.step,
             error=error,
             last_metrics=self.services.recorder.last_row,
-            feature_state=self.features.metrics(),
+            feature_state=self.features.metrics_after_failure(),
             config_hash=self.services.config_hash,
         )
 

@@ -197,6 +197,15 @@ class FeatureSet:
             row[f"feature_{entry.name}_ms"] = entry.total_ms
         return row
 
+    def metrics_after_failure(self) -> dict[str, float]:
+        """`metrics` for a crash report: without the counts that a failed device no longer gives."""
+        try:
+            return self.metrics()
+        except RuntimeError:
+            for entry in self._entries:
+                entry.pending_calls = None
+            return self.metrics()
+
     def idle_features(self) -> list[str]:
         """Names of enabled features that never had an effect: a finding, in proof mode an error."""
         idle = []

@@ -104,3 +104,23 @@ def test_streams_depend_on_seed_and_name_only():
 
     assert draw(1, "ema") == draw(1, "ema")
     assert len({draw(1, "ema"), draw(2, "ema"), draw(1, "curriculum")}) == 3
+
+
+def test_what_a_failed_device_no_longer_tells_does_not_hide_the_rest():
+    """A crash report is written after the failure; a meta tensor stands for one that is lost."""
+    lost = torch.empty((), dtype=torch.bool, device="meta")
+    features = FeatureSet(
+        (
+            feature("before", schedule=Schedule()),
+            feature("lost", schedule=Schedule(), effect=lost),
+            feature("behind", schedule=Schedule(), effect=torch.tensor(True)),
+        ),
+        CONFIG,
+        seed=0,
+    )
+    features.run("before_optim", context(1))
+    with pytest.raises(RuntimeError):
+        features.metrics()
+    row = features.metrics_after_failure()
+    assert row["feature_before_effective_calls"] == 1 and row["feature_behind_enabled"] == 1
+    assert row["feature_lost_effective_calls"] == 0
