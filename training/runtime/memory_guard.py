@@ -27,6 +27,7 @@ from training.runtime.spill import SpillWatch
 CHECK_INTERVAL_S = 1.0
 MEASURE_INTERVAL_S = 10.0
 GB = 1e9
+CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (
     # Version 2, then version 1: what is in use, the limit, and the statistics beside them.
     ("memory.current", "memory.max", "inactive_file"),
@@ -163,12 +164,10 @@ class MemoryGuard:
 
 
 def read_memory(device: torch.device) -> list[Reading]:
-    """Process, control group (where it has a limit) and device, as far as they can be read."""
+    """Process, control groups (where one has a limit) and device, as far as they can be read."""
     rss, total = psutil.Process().memory_info().rss, psutil.virtual_memory().total
     readings = [Reading(name="RAM", used=rss, limit=total)]
-    group = read_cgroup(own_cgroup())
-    if group is not None and group.limit < total:
-        readings.append(group)
+    readings += [group for group in read_cgroups(own_cgroup()) if group.limit < total]
     if device.type == "cuda":
         limit = torch.cuda.get_device_properties(device).total_memory
         used = torch.cuda.memory_allocated(device)
@@ -176,9 +175,7 @@ def read_memory(device: torch.device) -> list[Reading]:
     return readings
 
 
-def own_cgroup(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> Path:
+def own_cgroup(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> Path:
     """Folder of the control group this process is in; the root where that cannot be told."""
     try:
         lines = membership.read_text(encoding="ascii").splitlines()
@@ -189,6 +186,17 @@ def own_cgroup(
         if number == "0" and not controllers:
             return root / path.lstrip("/")
     return root
+
+
+def read_cgroups(folder: Path, root: Path = CGROUPS) -> list[Reading]:
+    """The control group in `folder` and those around it up to `root`, as far as they have a limit.
+
+    A limit holds for all groups below it: that of a container or a batch job is often set above.
+    """
+    around = [folder, *folder.parents]
+    around = around[: around.index(root) + 1] if root in around else [folder]
+    readings = [read_cgroup(group) for group in around]
+    return [reading for reading in readings if reading is not None]
 
 
 def read_cgroup(root: Path) -> Reading | None:

@@ -19,6 +19,7 @@ from training.runtime.memory_guard import (
     clear_caches,
     own_cgroup,
     read_cgroup,
+    read_cgroups,
     read_memory,
 )
 
@@ -165,6 +166,21 @@ def test_the_own_control_group_is_found(tmp_path: Path) -> None:
     membership.write_text("1:name=systemd:/x\n0::/user.slice/run.scope\n", encoding="ascii")
     assert own_cgroup(tmp_path, membership) == tmp_path / "user.slice" / "run.scope"
     assert own_cgroup(tmp_path, tmp_path / "missing") == tmp_path
+
+
+def test_a_limit_above_the_own_control_group_counts(tmp_path: Path) -> None:
+    """As in a container that runs systemd, and in a step of a batch job."""
+    own = tmp_path / "job" / "step" / "task"
+    own.mkdir(parents=True)
+    limits = {tmp_path: "5000", tmp_path / "job": "1000", tmp_path / "job" / "step": "max"}
+    for folder, limit in limits.items():
+        (folder / "memory.max").write_text(limit, encoding="ascii")
+        (folder / "memory.current").write_text("700", encoding="ascii")
+        (folder / "memory.stat").write_text("inactive_file 100\n", encoding="ascii")
+    found = read_cgroups(own, tmp_path)
+    assert [(reading.used, reading.limit) for reading in found] == [(600, 1000), (600, 5000)]
+    assert [reading.limit for reading in read_cgroups(tmp_path, tmp_path)] == [5000]
+    assert read_cgroups(tmp_path / "job", tmp_path / "elsewhere")[0].limit == 1000
 
 
 def test_this_process_is_measured() -> None:
