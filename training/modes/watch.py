@@ -8,7 +8,9 @@ Ctrl+C. Elsewhere (a pipe, a script) and with --json it tells the newest row and
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,23 +38,22 @@ class Follower:
 
     def read(self) -> Iterator[dict[str, Any]]:
         """What is new since the last call; everything where the file was cut since, or is gone
-        for a moment, as when a resumed run takes steps back."""
+        for a moment, as when a resumed run takes steps back. Row by row: they may be gigabytes."""
         try:
             with self.path.open("rb") as file:
                 if file.seek(0, 2) < self._offset:
                     self._offset = 0
                 file.seek(self._offset)
-                lines = file.read().split(b"\n")[:-1]
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        return
+                    self._offset += len(line)
+                    with suppress(orjson.JSONDecodeError):
+                        row = orjson.loads(line)
+                        if isinstance(row, dict):
+                            yield row
         except FileNotFoundError:
             return
-        for line in lines:
-            self._offset += len(line) + 1
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                yield row
 
 
 class Watch:
@@ -71,7 +72,7 @@ class Watch:
         self._rows = Follower(directory / "metrics.jsonl")
         self._samples = Follower(directory / "samples.jsonl")
         self.row: dict[str, Any] = {}
-        self._row_at = clock()
+        self._row_at = self._heard_at = clock()
         self._gap, self._is_told = 0.0, False
         self.total = read_settings(directory).get("run", {}).get("steps", 0)
 
@@ -81,13 +82,18 @@ class Watch:
 
     def take(self) -> None:
         """Show what the run has written since the last call."""
-        for row in list(self._rows.read())[-RATE_WINDOW:]:  # of a long run, the end
+        is_first = not self.row
+        rows = deque(self._rows.read(), maxlen=RATE_WINDOW)  # of a long run, the end
+        for row in rows:
             if isinstance(row.get("step"), int) and isinstance(row.get("time_utc"), str):
                 self._show(row)
-        for sample in list(self._samples.read())[-1:]:
+        for sample in deque(self._samples.read(), maxlen=1):
             if isinstance(sample.get("text"), str):
                 self.display.sample(sample["text"])
-        quiet = self._clock() - self._row_at
+        now = self._clock()
+        if rows:  # the clock of another machine may be set otherwise
+            self._heard_at = min(now, self._row_at) if is_first else now
+        quiet = now - self._heard_at
         if quiet > max(QUIET_S, QUIET_GAPS * self._gap) and not self.is_done and not self._is_told:
             self._is_told = True
             self.display.message(
@@ -123,15 +129,16 @@ def run(config: SigmaConfig, *, sleep: Callable[[float], object] = time.sleep) -
 
 def tell_newest(directory: Path, *, as_json: bool) -> int:
     """Print the newest row of a run, whole as JSON or in one line for people."""
-    rows = [row for row in Follower(directory / "metrics.jsonl").read() if "train_loss" in row]
+    trained = (row for row in Follower(directory / "metrics.jsonl").read() if "train_loss" in row)
+    newest = next(iter(deque(trained, maxlen=1)), {})
     if as_json:
-        print(orjson.dumps(rows[-1] if rows else {}).decode())
+        print(orjson.dumps(newest).decode())
         return 0
     display = RunDisplay(console=RunConsole(highlight=False, markup=False, emoji=False))
     total = read_settings(directory).get("run", {}).get("steps", 0)
     display.start(step=0, total_steps=total)
-    if rows:
-        display.update(rows[-1])
+    if newest:
+        display.update(newest)
     else:
         display.message("no step is done yet")
     return 0
@@ -143,7 +150,8 @@ def follow(watch: Watch, *, sleep: Callable[[float], object]) -> int:
         watch.take()
         while not watch.is_done:
             sleep(POLL_S)
-            watch.take()
+            with suppress(OSError):  # a disk on the network that is away for a moment
+                watch.take()
     except KeyboardInterrupt:
         pass
     finally:

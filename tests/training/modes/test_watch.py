@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
+import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,6 +110,59 @@ def test_a_long_silence_is_told_once(stage: Stage) -> None:
         stage.seconds = BEGIN + seconds
         stage.watch.take()
         assert stage.screen.getvalue().count("no row for") == told
+
+
+def test_a_clock_that_is_set_otherwise_makes_no_silence(stage: Stage) -> None:
+    """The directory may lie on another machine, whose clock is a quarter of an hour late."""
+    for step in range(1, 20):
+        append(stage.rows, row(step, step))
+        stage.seconds = BEGIN + 900 + step
+        stage.watch.take()
+    assert stage.screen.getvalue().count("no row for") == 1  # what is there at first may be old
+    stage.seconds += 61
+    stage.watch.take()
+    assert "no row for 1 min 1 s" in stage.screen.getvalue()
+
+
+def test_a_disk_that_is_away_for_a_moment_does_not_end_the_watching(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coming = [row(step, float(step)) for step in (1, 2, 40)]
+    append(stage.rows, coming.pop(0))
+    opened, away = Path.open, [False]
+
+    def open_if_there(path: Path, *arguments: Any, **more: Any) -> Any:
+        if away[0]:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return opened(path, *arguments, **more)
+
+    def sleep(seconds: float) -> None:
+        away[0] = not away[0]
+        if not away[0]:
+            append(stage.rows, coming.pop(0))
+
+    monkeypatch.setattr(Path, "open", open_if_there)
+    assert watch.follow(stage.watch, sleep=sleep) == 0
+    assert coming == [] and stage.watch.is_done
+    away[0] = True
+    with pytest.raises(OSError, match="Stale"):  # one that is never there is an error
+        watch.follow(stage.watch, sleep=sleep)
+
+
+def test_rows_of_a_long_run_are_not_all_held(tmp_path: Path) -> None:
+    """A hundred columns a row: as objects they take ten times what the file does."""
+    more = {f"column_{number}": number + 0.5 for number in range(100)}
+    append(tmp_path / "metrics.jsonl", *(row(step, step, **more) for step in range(3000)))
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    tracemalloc.start()
+    try:
+        assert watch.tell_newest(tmp_path, as_json=True) == 0
+        watched = Watch(tmp_path, console=RunConsole(file=io.StringIO()))
+        watched.take()
+        watched.display.close()
+        assert tracemalloc.get_traced_memory()[1] < size / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_it_follows_to_the_last_step(stage: Stage) -> None:
