@@ -27,6 +27,7 @@ from training.runtime.manifest import (
     parse_directory_name,
     read_manifest,
 )
+from training.runtime.memory_guard import is_out_of_memory
 from training.runtime.state_tree import join_state
 from training.runtime.tensor_file import read_tensors
 
@@ -150,7 +151,9 @@ def build_checkpoint(
         raise UnreadableCheckpoint(
             f"{path} cannot be read: {error.strerror or error}. Nothing was moved", path=path
         ) from error
-    except MemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UnreadableCheckpoint(
             f"{path} needs {manifest.num_bytes / 2**20:.0f} MiB of memory that is not free. "
             "Nothing was moved",

@@ -137,11 +137,14 @@ def read_tensors(ops: FileOps, path: Path) -> dict[str, Tensor]:
 def _read_one(mapped, start: int, entry: dict) -> Tensor:
     dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
     begin, end = entry["data_offsets"]
+    # Before there is a view: without memory an error is raised here, and what has views of it open
+    # cannot be closed.
+    copy = torch.empty(shape, dtype=dtype)
     if begin == end:
-        return torch.empty(shape, dtype=dtype)
+        return copy
     count = (end - begin) // dtype.itemsize
     view = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin)
-    return view.reshape(shape).clone()
+    return copy.copy_(view.reshape(shape))
 
 
 def _check_storable(name: str, tensor: Tensor) -> None:

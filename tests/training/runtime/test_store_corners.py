@@ -6,11 +6,13 @@ import errno
 import json
 import logging
 import os
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -201,6 +203,27 @@ def test_short_memory_says_how_much_is_needed(
     monkeypatch.setattr(restore, "read_tensors", fail)
     with pytest.raises(UnreadableCheckpoint, match="needs 3 MiB of memory that is not free"):
         store.load_newest()
+    store.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory")
+def test_memory_that_really_is_short_says_so_too(ram_path: Path) -> None:
+    """Room for the file as memory, and not for a copy of what is in it: torch says it its way."""
+    import resource
+
+    size = 64 * 2**20
+    store = open_store(ram_path)
+    store.save(1, {"model": {"weight": torch.zeros(size, dtype=torch.uint8)}}, {}, block=True)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    room = psutil.Process().memory_info().vms + size + size // 2
+    resource.setrlimit(resource.RLIMIT_AS, (room, limits[1]))
+    try:
+        with pytest.raises(UnreadableCheckpoint, match="needs 64 MiB of memory that is not free"):
+            store.load_newest()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    found = store.load_newest()
+    assert found is not None and found.tensors["model"]["weight"].numel() == size
     store.close()
 
 
