@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class MetricsLog:
         An offset beyond the end (a medium has lost rows, or the run goes on in another directory)
         keeps all there is; one inside a row
         moves that row too. Rows above `last_step` go in any case: in a file that lost rows, those
-        of a later life stand where the checkpoint's own were.
+        of a later life stand where the checkpoint's own were. On a full disk they are written where
+        they stood until then, and lost only if there is no room even so.
         """
         self._waiting.clear()
         if 0 < self._offset < offset:
@@ -93,8 +95,13 @@ class MetricsLog:
             cut = start
         if cut == self._offset:
             return None
-        orphan = self._write_orphan(self._read(cut, self._offset))
+        rows = self._read(cut, self._offset)
+        orphan = self._write_orphan(rows)
         self._truncate(cut)
+        if orphan is None:
+            orphan = self._write_orphan(rows)
+        if orphan is None:
+            _LOG.warning("disk full: %d bytes of %s were cut and lost", len(rows), self.path)
         return orphan
 
     def close(self) -> None:
@@ -166,16 +173,23 @@ class MetricsLog:
         self._ops.truncate(self._descriptor, size)
         self._offset = size
 
-    def _write_orphan(self, rows: bytes) -> Path:
+    def _write_orphan(self, rows: bytes) -> Path | None:
+        """Where the rows are now; None when the disk is full."""
         number = 1
         while True:
             path = self.path.with_name(f"{self.path.stem}.orphan-{number}{self.path.suffix}")
             try:
                 write_file(self._ops, path, [rows])
+                self._ops.sync_dir(path.parent)
             except FileExistsError:
                 number += 1
                 continue
-            self._ops.sync_dir(path.parent)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                with suppress(OSError):
+                    self._ops.remove(path)
+                return None
             return path
 
 

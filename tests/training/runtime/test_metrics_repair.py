@@ -202,6 +202,40 @@ def test_on_a_full_disk_rows_wait_and_are_written_later(ram_path: Path) -> None:
     assert read_steps(path) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("room", [True, False], ids=["what is cut", "none"])
+def test_on_a_full_disk_a_run_still_goes_back(
+    ram_path: Path, caplog: pytest.LogCaptureFixture, room: bool
+) -> None:
+    class FullOps(QuietOps):
+        left = 0  # bytes that the disk still takes
+
+        def write(self, descriptor: int, data: memoryview) -> int:
+            if not self.left:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            data = data[: self.left]
+            self.left -= len(data)
+            return super().write(descriptor, data)
+
+        def truncate(self, descriptor: int, size: int) -> None:
+            if room:
+                self.left += self.size(descriptor) - size
+            super().truncate(descriptor, size)
+
+    ops, path = FullOps(), ram_path / "metrics.jsonl"
+    offsets = write_rows(path, range(5))
+    log = MetricsLog(path, ops=ops)
+    ops.left = 10  # a part of the rows gets in, and is no orphan
+    with caplog.at_level(logging.WARNING):
+        orphan = log.resume(offsets[2], last_step=2)
+    assert read_steps(path) == [0, 1, 2] and ("were cut and lost" in caplog.text) is not room
+    assert sorted(ram_path.iterdir()) == ([path, orphan] if room else [path])
+    assert orphan is None or read_steps(orphan) == [3, 4]
+    ops.left = 10_000
+    log.append(make_row(3))
+    log.close()
+    assert read_steps(path) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
 def test_another_failing_write_is_raised_and_leaves_whole_rows(ram_path: Path, number: int) -> None:
     path = ram_path / "metrics.jsonl"
