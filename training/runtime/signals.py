@@ -71,7 +71,8 @@ class StopRequest:
     """While entered, turns signals and request files into values the loop reads per step.
 
     Signals are taken over in the main thread only, elsewhere Python cannot; files work anywhere.
-    A request file is removed when it is seen, so that the next run does not obey it again.
+    A request file is removed when it is seen, so that the next run does not obey it again; STOP
+    also by a run that ends for another reason than a failure (a signal, its last step).
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -111,6 +112,8 @@ class StopRequest:
         self._handlers.__exit__(kind, error, trace)
         self._hangup.__exit__(kind, error, trace)
         self._close.__exit__(kind, error, trace)
+        if kind is None:
+            self._files[STOP_NAME].take()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signalled:

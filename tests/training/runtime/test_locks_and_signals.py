@@ -201,6 +201,22 @@ def test_request_files_are_served_once(tmp_path):
         assert not later.requested
 
 
+@pytest.mark.parametrize("ends", ["by a signal", "by itself", "by a failure"])
+def test_a_run_that_has_ended_leaves_no_stop_for_the_next(tmp_path, ends):
+    """Somebody who asked by a file may not have waited for the end of a long step."""
+    try:
+        with StopRequest(tmp_path) as stop:
+            (tmp_path / "STOP").touch()
+            if ends == "by a signal":
+                signal.raise_signal(signal.SIGINT)
+                assert stop.requested
+            if ends == "by a failure":
+                raise OSError
+    except OSError:
+        pass  # what starts it again must not train on against the request
+    assert (tmp_path / "STOP").exists() is (ends == "by a failure")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="plays Ctrl+Break by another signal")
 def test_ctrl_break_asks_like_ctrl_c(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
