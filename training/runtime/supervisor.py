@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -78,16 +79,30 @@ class HandedOn:
     ) -> None:
         self._handlers.__exit__(kind, error, trace)
         if self._asked:
-            self._stop.unlink(missing_ok=True)  # or the next run would obey it
+            with suppress(OSError):
+                self._stop.unlink(missing_ok=True)  # or the next run would obey it
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self._asked:
             self._asked = True
-            self._stop.parent.mkdir(parents=True, exist_ok=True)
-            self._stop.touch()
-        elif self.child is not None and sys.platform != "win32":
-            # A console on Windows tells every process by itself, and cannot be imitated.
+            try:
+                self._stop.parent.mkdir(parents=True, exist_ok=True)
+                self._stop.touch()
+            except OSError:  # a full disk: then by the signal that may be sent more than once
+                self._signal(_repeatable(number))
+        else:
+            self._signal(number)
+
+    def _signal(self, number: int) -> None:
+        # A console on Windows tells every process by itself, and cannot be imitated.
+        if self.child is not None and sys.platform != "win32":
             self.child.send_signal(number)
+
+
+def _repeatable(number: int) -> int:
+    """The hangup, unless the child ignores it as this process does; then `number`."""
+    hangup = getattr(signal, HANGUP, number)
+    return number if signal.getsignal(hangup) is signal.SIG_IGN else hangup
 
 
 def list_reports(output_dir: Path) -> set[str]:

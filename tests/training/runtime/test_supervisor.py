@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.integration.runs import metrics_rows, newest_checkpoint, tiny_flags
-from training.runtime.supervisor import describe_death, read_oom_kills, read_status
+from training.runtime.supervisor import HandedOn, describe_death, read_oom_kills, read_status
 
 ROOT = Path(__file__).parents[3]
 FLAGS = ("--supervised", "--steps", "100000", "--save-interval", "2", "--eval-interval", "0",
@@ -84,6 +85,22 @@ def test_a_stop_saves_whoever_is_told(
     assert not (directory / "errors").exists() and not (directory / "STOP").exists()
     last = metrics_rows(directory)[-1]["step"]
     assert newest_checkpoint(directory).name == f"checkpoint_step_{last:08d}"
+
+
+@pytest.mark.parametrize("by_nohup", [False, True])
+def test_a_stop_that_cannot_be_written_is_sent(tmp_path: Path, by_nohup: bool) -> None:
+    """As on a full disk; by a signal that does no harm beside the one of the terminal."""
+    (tmp_path / "run").touch()  # a directory cannot be made there
+    sent: list[int] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if by_nohup else signal.SIG_DFL)
+    try:
+        with HandedOn(tmp_path / "run") as requests:
+            requests.child = SimpleNamespace(send_signal=sent.append)  # type: ignore[assignment]
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert sent == [signal.SIGTERM if by_nohup else signal.SIGHUP, signal.SIGTERM]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux to be told")
