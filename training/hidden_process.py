@@ -65,6 +65,7 @@ class HiddenEvalProcess:
         self._shown: Result = {"hidden_eval_step": None, **dict.fromkeys(COLUMNS)}
         self._executor: ThreadPoolExecutor | None = None
         self._child = _Child()
+        self._has_begun = False
 
     def is_due(self, step: int) -> bool:
         """Whether `step` ends with a save whose number is a multiple of `every`."""
@@ -73,6 +74,7 @@ class HiddenEvalProcess:
 
     def observe(self, step: int, model: nn.Module) -> None:
         """Show what has become visible, start what is due; the last step waits for its own."""
+        self._has_begun = True
         last = step == self._total_steps
         if self._pending is not None and (last or step >= self._pending + self._save_interval):
             self._collect()
@@ -96,6 +98,7 @@ class HiddenEvalProcess:
     def load_state_dict(self, state: dict[str, Any], *, step: int, model: nn.Module) -> None:
         """Go on from a checkpoint of `step`: an evaluation that was under way starts again."""
         self._stop()
+        self._has_begun = True
         self._shown = dict(state["shown"])
         pending, arrived = state["pending"], state["arrived"]
         if pending is None:
@@ -110,12 +113,15 @@ class HiddenEvalProcess:
             self._pending, self._future = pending, _done("its weights are no longer there")
 
     def close(self) -> None:
-        """End a running evaluation; its weights stay for a resumed run that waits for it."""
+        """End a running evaluation; its weights stay for a resumed run that waits for it.
+
+        So do those of an earlier life, where this one failed before it knew of them.
+        """
         unfinished = self._pending is not None
         self._stop()
         if self._executor is not None:
             self._executor.shutdown()
-        if not unfinished:
+        if self._has_begun and not unfinished:
             shutil.rmtree(self._root, ignore_errors=True)
 
     def _launch(self, step: int, model: nn.Module) -> None:

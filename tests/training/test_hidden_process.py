@@ -143,6 +143,20 @@ def test_an_evaluation_whose_weights_are_gone_is_said(tmp_path):
     assert "no longer there" in elsewhere.messages[0]
 
 
+def test_a_life_that_failed_at_its_start_takes_nothing_from_the_next(tmp_path):
+    """It ended before it read of the checkpoint which evaluation that waits for."""
+    runs = Runs(tmp_path)
+    run_steps(runs.process, runs.model, range(1, 10))
+    state = plain(runs.process.state_dict() | {"arrived": None})
+    runs.process.close()
+    runs.again().close()
+    resumed = runs.again()
+    resumed.load_state_dict(state, step=9, model=runs.model)
+    assert run_steps(resumed, runs.model, range(10, 13))[-1] == (12, 8) and not runs.messages
+    resumed.close()
+    assert not (tmp_path / "hidden_eval").exists()
+
+
 def test_closing_ends_a_running_evaluation_at_once(tmp_path):
     """A child that would never end; without the kill this test would not either."""
     runs = Runs(tmp_path, code="import threading; threading.Event().wait()")
