@@ -22,8 +22,9 @@ MANIFEST_NAME = "MANIFEST.json"
 TEMPORARY_NAME = "MANIFEST.json.tmp"
 STATE_NAME = "state.json"
 MANIFEST_LIMIT_BYTES = 4 * 2**20
-# Left behind by file browsers; they say nothing about the checkpoint.
-IGNORED_NAMES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+# Left behind by file browsers and storage boxes; they say nothing about what they lie beside.
+LEFTOVERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir"})
+APPLE_DOUBLE = "._"  # begins the name of what macOS adds to a file on a disk or in an archive
 
 _DIRECTORY = re.compile(r"checkpoint_step_(\d{8,})(?:\.(\d+))?")
 
@@ -93,10 +94,15 @@ def state_name(owner: str = "") -> str:
     return STATE_NAME.replace(".", f"{owner}.")
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file or directory was put there by a system that only looked, or copied."""
+    return name in LEFTOVERS or name.startswith(APPLE_DOUBLE)
+
+
 def is_own_name(name: str) -> bool:
     """Whether this program, or a file browser, may have put a file that is no tensors here."""
     state = name.startswith("state") and name.endswith(".json")
-    return state or name == TEMPORARY_NAME or name in IGNORED_NAMES
+    return state or name == TEMPORARY_NAME or is_leftover(name)
 
 
 def parse_directory_name(name: str) -> int | None:
@@ -184,7 +190,7 @@ def _inspect(ops: FileOps, directory: Path, fingerprint: dict[str, str] | None) 
             reason="fingerprint",
             detail=describe_difference(manifest.fingerprint, fingerprint),
         )
-    present = {name for name in entries if name not in IGNORED_NAMES | {MANIFEST_NAME}}
+    present = {name for name in entries if name != MANIFEST_NAME and not is_leftover(name)}
     if missing := set(manifest.files) - {name for name in present if not entries[name]}:
         return _corrupt("missing-file", f"{min(missing)} is missing")
     if extra := present - set(manifest.files):

@@ -176,9 +176,12 @@ def test_every_bit_of_a_manifest_matters(ram_path: Path) -> None:
     trials.store.close()
 
 
-def test_what_a_file_browser_leaves_is_no_damage(ram_path: Path) -> None:
+@pytest.mark.parametrize("name", [".DS_Store", "._model.safetensors", "._MANIFEST.json"])
+def test_what_a_file_browser_leaves_is_no_damage(ram_path: Path, name: str) -> None:
+    """Nor what an archive or a disk of a Mac, or the index of a storage box, adds to every file."""
     trials = DamagedStore(ram_path)
-    (ram_path / NEWEST / ".DS_Store").write_bytes(b"x")
+    (ram_path / NEWEST / name).write_bytes(b"x")
+    (ram_path / NEWEST / "@eaDir").mkdir()
     found = trials.store.load_newest()
     assert found is not None and found.step == 20
     trials.store.close()
