@@ -26,6 +26,7 @@ from training.config.sigma_config import SigmaConfig
 from training.hidden_process import COLUMNS, HiddenEvalProcess
 from training.runtime.atomic_io import FileOps, replace_file
 from training.runtime.environment import PROJECT_ROOT, config_hash, versions
+from training.runtime.manifest import is_leftover
 
 SCHEMA = 1
 MANIFEST_NAME = "integrity_manifest.json"
@@ -65,7 +66,7 @@ def fingerprint_files(root: Path = PROJECT_ROOT) -> dict[str, str]:
     for name, pattern in [*((name, "*.py") for name in SOURCES), *((name, "*") for name in ASSETS)]:
         path = root / name
         for file in [path] if path.is_file() else path.rglob(pattern):
-            if file.is_file():
+            if file.is_file() and not is_leftover(file.name):
                 found[file.relative_to(root).as_posix()] = _file_hash(file)
     return dict(sorted(found.items()))
 
@@ -152,10 +153,12 @@ class SourceGuard:
     def verify(self, step: int) -> None:
         """Compare the files on disk again; TamperedSource if the audit is strict."""
         self._changes = changes_between(self._expected, fingerprint_files(self._root))
-        self.write(step=step)
-        self._refuse_changes(
-            "restore it and resume, or resume with --no-strict-runtime-audit to accept it"
-        )
+        try:
+            self.write(step=step)
+        finally:  # also where that cannot be written down
+            self._refuse_changes(
+                "restore it and resume, or resume with --no-strict-runtime-audit to accept it"
+            )
 
     def _refuse_changes(self, advice: str) -> None:
         if not self._changes or not self._strict:

@@ -176,6 +176,26 @@ def test_a_verification_that_cannot_be_written_does_not_end_the_run(tmp_path, pr
     assert len(messages) == 1 and MANIFEST_NAME in messages[0]
 
 
+def test_a_change_is_refused_where_it_cannot_be_written_down(tmp_path, program):
+    sources = guard(tmp_path, program)
+    judge, messages = guards(tmp_path, sources=sources)
+    shutil.rmtree(tmp_path / "run")
+    (program / "model/a.py").write_text("a = 2\n")
+    with pytest.raises(TamperedSource, match=r"model/a\.py was changed"):
+        judge.verify(4)
+    assert not judge.metrics()["integrity_source_match"] and messages == []
+
+
+def test_what_a_file_browser_leaves_is_no_change(tmp_path, program):
+    sources = guard(tmp_path, program)
+    for name in ("assets/.DS_Store", "assets/Thumbs.db", "model/._a.py"):
+        (program / name).touch()
+    sources.verify(1)
+    (program / "assets/other.bin").touch()
+    with pytest.raises(TamperedSource, match=r"assets/other\.bin"):
+        sources.verify(2)
+
+
 def test_columns_are_the_same_with_and_without_guards(tmp_path, program):
     without, _ = guards(tmp_path)
     sources = guard(tmp_path, program)
