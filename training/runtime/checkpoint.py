@@ -32,7 +32,6 @@ from training.runtime.manifest import (
     state_name,
 )
 from training.runtime.restore import (
-    Candidate,
     Checkpoint,
     CheckpointError,
     IncompatibleCheckpoint,
@@ -221,11 +220,11 @@ class CheckpointStore:
         started = time.perf_counter()
         directory = self.directory
         try:
-            candidates = self._prepare(snapshot)
+            sequence = self._prepare(snapshot)
             directory = self._make_directory(snapshot.step)
             manifest = Manifest(
                 step=snapshot.step,
-                sequence=1 + max((c.sequence or 0 for c in candidates), default=0),
+                sequence=sequence,
                 parent=self.last_saved_step,
                 fingerprint=self._fingerprint,
                 files=self._write_files(directory, snapshot),
@@ -240,15 +239,18 @@ class CheckpointStore:
         self._retain()
         self.last_save_seconds = time.perf_counter() - started
 
-    def _prepare(self, snapshot: Snapshot) -> list[Candidate]:
-        """Leftovers gone, room for two more checkpoints; what is there already."""
+    def _prepare(self, snapshot: Snapshot) -> int:
+        """Leftovers gone, room for two more checkpoints; the sequence of the one to come."""
         for name, is_dir in self._ops.list_dir(self.directory).items():
             if is_dir and parse_directory_name(name) is not None:
                 self._discard(self.directory / name)
         needed, free = self._needed_bytes(snapshot), self._ops.free_bytes(self.directory)
         if free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return find_candidates(self._ops, self.directory)
+        # A bad sector under an old checkpoint must not end all saving. It may be of the newest one.
+        unreadable: list[str] = []
+        known = find_candidates(self._ops, self.directory, unreadable=unreadable)
+        return 1 + len(unreadable) + max((c.sequence or 0 for c in known), default=0)
 
     def _needed_bytes(self, snapshot: Snapshot) -> int:
         return SPACE_FACTOR * max(self._last_bytes, snapshot.num_bytes)
@@ -301,11 +303,14 @@ class CheckpointStore:
 
         Nothing is deleted while fewer than two of those that stay were verified by this process.
         """
+        unreadable: list[str] = []
         try:
-            candidates = find_candidates(self._ops, self.directory)
+            candidates = find_candidates(self._ops, self.directory, unreadable=unreadable)
         except CheckpointError as error:
             _LOG.warning("no old checkpoint was deleted: %s", error)
             return
+        for name in unreadable:
+            _LOG.warning("the manifest of %s cannot be read now", self.directory / name)
         own = [c for c in candidates if c.fingerprint == self._fingerprint]
         kept, old = own[: self._keep], own[self._keep :]
         if len(self._verified & {c.path.name for c in kept}) < MIN_VERIFIED:

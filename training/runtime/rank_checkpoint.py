@@ -170,8 +170,7 @@ class RankCheckpointStore(CheckpointStore):
             self._retain()
 
     def _begin(self, snapshot: Snapshot) -> dict[str, Any]:
-        candidates = self._prepare(snapshot)
-        sequence = 1 + max((c.sequence or 0 for c in candidates), default=0)
+        sequence = self._prepare(snapshot)
         return {"name": self._make_directory(snapshot.step).name, "sequence": sequence}
 
     def _write_part(self, directory: Path, snapshot: Snapshot) -> dict[str, Any]:

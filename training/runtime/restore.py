@@ -86,32 +86,43 @@ class Candidate:
     fingerprint: dict[str, str] | None
 
 
-def find_candidates(ops: FileOps, directory: Path) -> list[Candidate]:
+def find_candidates(
+    ops: FileOps, directory: Path, *, unreadable: list[str] | None = None
+) -> list[Candidate]:
     """Committed checkpoints, newest first; those whose manifest is unusable come before all.
 
     UnreadableCheckpoint when the directory or a manifest cannot be read: an empty answer would
-    restart a run from nothing.
+    restart a run from nothing. unreadable: for who does not choose among them; takes the names of
+    those whose manifest cannot be read, which then is no error.
     """
     found = []
     try:
-        for name, is_dir in ops.list_dir(directory).items():
-            step = parse_directory_name(name)
-            if not is_dir or step is None:
-                continue
-            try:
-                if MANIFEST_NAME in ops.list_dir(directory / name):
-                    found.append(_read_candidate(ops, directory / name, step))
-            except FileNotFoundError:  # a run that is training has just deleted it
-                continue
+        entries = ops.list_dir(directory)
     except OSError as error:
-        raise UnreadableCheckpoint(
-            f"checkpoints in {directory} cannot be read: {error.strerror or error}", path=directory
-        ) from error
+        raise _unreadable(f"checkpoints in {directory}", directory, error) from error
+    for name, is_dir in entries.items():
+        step = parse_directory_name(name)
+        if not is_dir or step is None:
+            continue
+        try:
+            if MANIFEST_NAME in ops.list_dir(directory / name):
+                found.append(_read_candidate(ops, directory / name, step))
+        except FileNotFoundError:  # a run that is training has just deleted it
+            continue
+        except OSError as error:
+            if unreadable is None:
+                path = directory / name
+                raise _unreadable(f"the manifest of {path}", path, error) from error
+            unreadable.append(name)
     unusable = [c for c in found if c.sequence is None]
     usable = [c for c in found if c.sequence is not None]
     unusable.sort(key=lambda c: (c.step, c.path.name), reverse=True)
     usable.sort(key=lambda c: (c.sequence, c.step, c.path.name), reverse=True)
     return unusable + usable
+
+
+def _unreadable(what: str, path: Path, error: OSError) -> UnreadableCheckpoint:
+    return UnreadableCheckpoint(f"{what} cannot be read: {error.strerror or error}", path=path)
 
 
 def check_settings(ops: FileOps, directory: Path, fingerprint: dict[str, str]) -> None:

@@ -223,6 +223,31 @@ def test_a_directory_that_cannot_be_listed_costs_no_checkpoint(
     assert len(list(ram_path.glob("checkpoint_step_*"))) == 3
 
 
+def test_a_manifest_that_cannot_be_read_does_not_end_all_saving(
+    ram_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bad sector under one checkpoint, for good: the run is worth more than its oldest state."""
+    name = "checkpoint_step_00000002"
+    save_steps(ram_path, 1, 2)
+    bad = Failing(errno.EIO, f"{name}/MANIFEST", "open_read")
+    store = open_store(ram_path, ops=bad, keep=2)
+    with caplog.at_level(logging.WARNING):
+        for step in (3, 4, 5):
+            store.save(step, *example(step), block=True)
+    store.close()
+    left = {path.name for path in ram_path.glob("checkpoint_step_*")}
+    assert left == {name, "checkpoint_step_00000004", "checkpoint_step_00000005"}
+    assert f"{name} cannot be read now" in caplog.text
+    store = open_store(ram_path, ops=bad)
+    with pytest.raises(UnreadableCheckpoint, match=f"{name} cannot be read: Input/output error"):
+        store.load_newest()  # which one is the newest is not known
+    store.close()
+    store = open_store(ram_path)
+    found = store.load_newest()
+    store.close()
+    assert found is not None and found.step == 5
+
+
 @pytest.mark.parametrize("is_damaged", [True, False])
 def test_what_reads_back_wrong_is_set_aside_only_if_it_is_damaged(
     ram_path: Path, is_damaged: bool
