@@ -44,6 +44,10 @@ _PATTERNS = tuple(
 _AUTHORIZATION = re.compile(
     r"\b(bearer|basic|digest|negotiate)(\s+|%20|\+)[A-Za-z0-9._~+/=%-]{4,}", re.IGNORECASE
 )
+# The whole of a header, whatever its scheme; in JSON its quotes may be escaped.
+_HEADER = re.compile(
+    r"((?:authorization|cookie)\\*[\"']?\s*[:=]\s*\\*[\"']?)[^\s\"'\\][^\r\n\"'\\]*", re.IGNORECASE
+)
 _URL_LOGIN = re.compile(r"\b([a-z][a-z0-9+.-]{0,20}://)[^\s/?#'\"<>]*@", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"://[^\s:/@]*:([^\s/@]+)@")
 _VALUE = r"(?:b?\"(?:[^\"\\]|\\.)*\"|b?'(?:[^'\\]|\\.)*'|[^\s,;&\"'}\])]+)"
@@ -51,7 +55,7 @@ _IS = r"[\"']?\s*[:=]\s*"
 _ASSIGNMENT = re.compile(
     r"((?:(?:api|access|private)[_-]?key|secret|passw(?:or)?d|passphrase|credentials?"
     r"|(?:auth|access|api|refresh|session|bearer|hub|hf)[_-]?token"
-    rf"|[?&](?:token|key|sig|signature)){_IS}"
+    rf"|[?&][\w.-]{{0,40}}?(?:token|key|sig|signature)){_IS}"
     rf"|(?:passw(?:or)?d|passphrase|secret|api[ _-]?key)\s+(?:is|was)\s+){_VALUE}",
     re.IGNORECASE,
 )
@@ -93,6 +97,7 @@ class Redactor:
         for pattern in _PATTERNS:
             text = pattern.sub(MARK, text)
         text = _URL_LOGIN.sub(rf"\1{MARK}@", text)
+        text = _HEADER.sub(rf"\1{MARK}", text)
         text = _AUTHORIZATION.sub(rf"\1 {MARK}", text)
         for pattern in (_ASSIGNMENT, _UPPER_TOKEN, _LONG_TOKEN, _OPTION):
             text = pattern.sub(rf"\1{MARK}", text)

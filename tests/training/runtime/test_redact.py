@@ -59,6 +59,25 @@ def test_basic_authorization_is_removed() -> None:
     assert encoded not in Redactor.from_environment({}).clean(f"Authorization: Basic {encoded}")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET https://host/file?X-Amz-Date=2026&X-Amz-Signature={}&x-id=GetObject answered 403",
+        "https://host/file?X-Amz-Security-Token={}",
+        "Authorization: {}",
+        "{{'authorization': 'token {}'}}",
+        '{{\\"Authorization\\": \\"{}\\"}}',
+        "Set-Cookie: session={}; Path=/",
+        "cookie: a=1; session={}",
+    ],
+)
+def test_what_lets_one_into_a_web_server_is_removed(text: str) -> None:
+    """A signed address of a hub's file store, and headers of any scheme."""
+    secret = "Zx81Qw-longEnough_0987"
+    assert secret in text.format(secret)
+    assert secret not in Redactor.from_environment({}).clean(text.format(secret))
+
+
 def test_values_of_secret_variables_are_removed_in_every_spelling() -> None:
     redactor = Redactor.from_environment({"DB_PASSWORD": 'p/a"s s\n%'})
     for text in ('p/a"s s\n%', r"p/a\"s s\n%", r'p/a"s s\n%', "p%2Fa%22s%20s%0A%25"):
