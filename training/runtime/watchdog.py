@@ -2,8 +2,10 @@
 
 A hang leaves no exception: a deadlocked loader or a device that never answers looks like a slow
 step. The watchdog measures the time since the last sign of life on a monotonic clock (a machine
-that was suspended, or whose clock was set, has not hung) and dumps all stacks once per hang. It
-never ends the run: a long compilation or evaluation looks the same from here.
+whose clock was set has not hung) and dumps all stacks once per hang. Some of these clocks go on
+while the machine is suspended, and all do while the process is stopped (Ctrl+Z): then the thread of
+the watchdog has not run either, and what it missed does not count. It never ends the run: a long
+compilation or evaluation looks the same from here.
 """
 
 from __future__ import annotations
@@ -87,5 +89,9 @@ class HangWatchdog:
             self._thread = None
 
     def _watch(self) -> None:
-        while not self._closed.wait(self._timeout_s / CHECKS_PER_TIMEOUT):
+        pause, looked = self._timeout_s / CHECKS_PER_TIMEOUT, self._now()
+        while not self._closed.wait(pause):
+            missed, looked = self._now() - looked - pause, self._now()
+            if missed >= self._timeout_s:
+                self._last = min(looked, self._last + missed)
             self.check()

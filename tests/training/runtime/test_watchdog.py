@@ -66,6 +66,39 @@ def test_the_thread_finds_a_hang_by_itself(tmp_path: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
 
 
+class Pauses:
+    """Stands for the event that the watchdog's thread waits for: each wait takes what it says."""
+
+    def __init__(self, clock: Clock, seconds: list[float]) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def wait(self, timeout: float) -> bool:
+        assert timeout == 10.0
+        if self.seconds:
+            self.clock.seconds += self.seconds.pop(0)
+            return False
+        return True
+
+
+def test_a_machine_that_was_suspended_has_not_hung(tmp_path: Path) -> None:
+    """Nor has a process that was stopped; what stands still afterwards has."""
+    clock, said = Clock(), []
+    watchdog = HangWatchdog(tmp_path, timeout_s=80.0, say=said.append, now=clock)
+    for seconds in ([10.0, 8000.0, 10.0], [10.0] * 4, [10.0]):
+        assert said == []
+        watchdog._closed = Pauses(clock, seconds)  # type: ignore[assignment]
+        watchdog._watch()
+    assert len(said) == 1 and "no step for 80 s" in said[0]
+
+
+def test_a_thread_that_only_comes_late_finds_a_hang(tmp_path: Path) -> None:
+    clock, said = Clock(), []
+    watchdog = HangWatchdog(tmp_path, timeout_s=80.0, say=said.append, now=clock)
+    watchdog._closed = Pauses(clock, [60.0, 60.0])  # type: ignore[assignment]
+    watchdog._watch()
+    assert len(said) == 1
+
+
 def test_switched_off_it_starts_no_thread(tmp_path: Path) -> None:
     with HangWatchdog(tmp_path, timeout_s=0.0, say=lambda _: None):
         assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
