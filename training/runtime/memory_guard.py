@@ -33,6 +33,16 @@ CGROUP_FILES = (
     ("memory.current", "memory.max", "inactive_file"),
     ("memory/memory.usage_in_bytes", "memory/memory.limit_in_bytes", "total_inactive_file"),
 )
+# Of a host's memory, and of the device's where it is not taken from torch's own store of it:
+# handles and work space of libraries, captured graphs, loaded kernels.
+SHORT_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "[CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -71,15 +81,11 @@ class MemoryLimitReached(RuntimeError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory on the device or the host was short.
 
-    The CPU allocator of torch has no exception class of its own.
+    Only torch's allocator of device memory has an exception class of its own.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in text
-        or "DefaultCPUAllocator: not enough memory" in text
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SHORT_MEMORY)
 
 
 class MemoryGuard:
