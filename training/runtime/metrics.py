@@ -8,7 +8,7 @@ tells one history and nothing measured is lost.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,11 @@ class MetricsLog:
             cut = start
         if cut == self._offset:
             return None
-        rows = self._read(cut, self._offset)
-        orphan = self._write_orphan(rows)
+        orphan = self._write_orphan(self._parts(cut, self._offset))  # perhaps gigabytes
+        rows = b"" if orphan else self._read(cut, self._offset)
         self._truncate(cut)
         if orphan is None:
-            orphan = self._write_orphan(rows)
+            orphan = self._write_orphan([rows])
         if orphan is None:
             _LOG.warning("disk full: %d bytes of %s were cut and lost", len(rows), self.path)
         return orphan
@@ -157,38 +157,40 @@ class MetricsLog:
             window *= 4
 
     def _read(self, start: int, end: int) -> bytes:
+        return b"".join(self._parts(start, end))
+
+    def _parts(self, start: int, end: int) -> Iterator[bytes]:
         """Bytes of the file; a descriptor of its own, as appending ones have no read position."""
         descriptor = self._ops.open_read(self.path)
         try:
             self._ops.seek(descriptor, start)
-            parts, left = [], end - start
+            left = end - start
             while left > 0 and (part := self._ops.read(descriptor, min(CHUNK_BYTES, left))):
-                parts.append(part)
+                yield part
                 left -= len(part)
         finally:
             close_quietly(self._ops, descriptor)
-        return b"".join(parts)
 
     def _truncate(self, size: int) -> None:
         self._ops.truncate(self._descriptor, size)
         self._offset = size
 
-    def _write_orphan(self, rows: bytes) -> Path | None:
+    def _write_orphan(self, rows: Iterable[bytes]) -> Path | None:
         """Where the rows are now; None when the disk is full."""
         number = 1
         while True:
             path = self.path.with_name(f"{self.path.stem}.orphan-{number}{self.path.suffix}")
             try:
-                write_file(self._ops, path, [rows])
+                write_file(self._ops, path, rows)
                 self._ops.sync_dir(path.parent)
             except FileExistsError:
                 number += 1
                 continue
             except OSError as error:
-                if error.errno not in DISK_FULL:
-                    raise
                 with suppress(OSError):
                     self._ops.remove(path)
+                if error.errno not in DISK_FULL:
+                    raise
                 return None
             return path
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,41 @@ def test_on_a_full_disk_a_run_still_goes_back(
     log.append(make_row(3))
     log.close()
     assert read_steps(path) == [0, 1, 2, 3]
+
+
+def test_a_file_of_gigabytes_is_moved_in_pieces(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = ram_path / "metrics.jsonl"
+    write_rows(path, range(2000), size=1000)
+    content = path.read_bytes()
+    monkeypatch.setattr("training.runtime.metrics.CHUNK_BYTES", 2**14)
+    tracemalloc.start()
+    try:
+        log = MetricsLog(path)
+        orphan = log.resume(0)
+        log.close()
+        assert tracemalloc.get_traced_memory()[1] < len(content) / 4
+    finally:
+        tracemalloc.stop()
+    assert path.read_bytes() == b"" and orphan is not None and orphan.read_bytes() == content
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_rows_that_cannot_be_read_stay_where_they_are(ram_path: Path, number: int) -> None:
+    path = ram_path / "metrics.jsonl"
+    offsets = write_rows(path, range(4))
+    log = MetricsLog(path)
+
+    class Unreadable(QuietOps):
+        def read(self, descriptor: int, size: int) -> bytes:
+            raise OSError(number, os.strerror(number))
+
+    log._ops = Unreadable()
+    with pytest.raises(OSError, match=os.strerror(number)):
+        log.resume(offsets[1], last_step=None)
+    assert read_steps(path) == [0, 1, 2, 3] and list(ram_path.iterdir()) == [path]
+    log.close()
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
