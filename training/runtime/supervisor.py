@@ -49,8 +49,11 @@ def supervise(command: Sequence[str], arguments: Sequence[str], config: SigmaCon
     silent = code == 1 and list_reports(output_dir) == reports_before
     if code in OWN_EXIT_CODES and not silent:
         return code
+    what = describe_death(code, read_oom_kills() - kills_before)
     if config.run.crash_report_enabled:
-        report_death(output_dir, describe_death(code, read_oom_kills() - kills_before))
+        report_death(output_dir, what)
+    elif not silent:
+        print(f"failed: the training process was {what}; the same command resumes", file=sys.stderr)
     return 1
 
 

@@ -13,11 +13,19 @@ from types import SimpleNamespace
 import pytest
 
 from tests.integration.runs import metrics_rows, newest_checkpoint, tiny_flags
-from training.runtime.supervisor import HandedOn, describe_death, read_oom_kills, read_status
+from training.config.cli import parse_args
+from training.runtime.supervisor import (
+    HandedOn,
+    describe_death,
+    read_oom_kills,
+    read_status,
+    supervise,
+)
 
 ROOT = Path(__file__).parents[3]
 FLAGS = ("--supervised", "--steps", "100000", "--save-interval", "2", "--eval-interval", "0",
          "--no-ema-enabled", "--no-curriculum-enabled", "--sample-interval", "0")  # fmt: skip
+KILL_ITSELF = "import os; os.kill(os.getpid(), 9)"
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 
@@ -122,6 +130,17 @@ def test_exit_codes_are_those_of_the_run(tmp_path: Path, flags: tuple[str, ...],
     assert supervisor.returncode == code
     assert not (tmp_path / "run" / "errors").exists()
     assert (errors.count("error:") == 1) == (code == 2)
+
+
+@pytest.mark.parametrize("reports", [True, False])
+def test_a_death_is_told_with_and_without_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reports: bool
+) -> None:
+    flags = [] if reports else ["--no-crash-report-enabled"]
+    config = parse_args(tiny_flags(tmp_path / "run", *flags))
+    assert supervise([sys.executable, "-c", KILL_ITSELF], [], config) == 1
+    assert capsys.readouterr().err.count("failed: the training process was killed by SIGKILL") == 1
+    assert (tmp_path / "run" / "errors").exists() is reports
 
 
 def test_how_a_death_is_described() -> None:
