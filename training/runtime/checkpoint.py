@@ -101,7 +101,8 @@ class CheckpointStore:
         *,
         block: bool = False,
     ) -> None:
-        """Copy the state of `step` now and write it in a thread; `block` waits for the result.
+        """Copy the state of `step` now and write it in a thread; `block` waits for the result, and
+        needs no memory for a copy.
 
         `tensors` holds one dictionary per group, one file each; `state` plain values only.
         CheckpointError reports the failure of the previous save, or that there is no memory for
@@ -110,7 +111,7 @@ class CheckpointStore:
         """
         self.wait()
         self.open()
-        snapshot = self._take(step, tensors, state)
+        snapshot = self._take(step, tensors, state, copy=not block)
         if self._executor is None:
             self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending = self._executor.submit(self._write, snapshot)
@@ -204,10 +205,15 @@ class CheckpointStore:
         self._lock = lock
 
     def _take(
-        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+        self,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        *,
+        copy: bool,
     ) -> Snapshot:
         try:
-            return take_snapshot(step, tensors, state)
+            return take_snapshot(step, tensors, state, copy=copy)
         except MemoryError as error:
             raise CheckpointError(
                 f"step {step} could not be saved to {self.directory}: {error}. Older checkpoints "

@@ -136,11 +136,16 @@ class RankCheckpointStore(CheckpointStore):
         return self
 
     def _take(
-        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+        self,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        *,
+        copy: bool,
     ) -> Snapshot:
         """Of all ranks or of none: no rank may begin to write a step that another will not."""
         taken: list[Snapshot] = []
-        self._together(lambda: taken.append(take_snapshot(step, tensors, state)))
+        self._together(lambda: taken.append(take_snapshot(step, tensors, state, copy=copy)))
         return taken[0]
 
     def _write(self, snapshot: Snapshot) -> None:

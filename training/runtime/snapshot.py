@@ -1,7 +1,7 @@
 """The state of one step as a checkpoint will hold it, copied so that training may go on.
 
 The copy is as large as the state, so it is where host memory runs out first; torch has no exception
-class of its own for that, Python has.
+class of its own for that, Python has. A save that training waits for needs none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GROUP = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass(slots=True, kw_only=True)
 class Snapshot:
-    """The state of one step in host memory, no longer shared with anything that trains."""
+    """The state of one step; where it was copied, no longer shared with anything that trains."""
 
     step: int
     groups: dict[str, HostTensors]
@@ -34,14 +34,15 @@ class Snapshot:
 
 
 def take_snapshot(
-    step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+    step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], *, copy: bool = True
 ) -> Snapshot:
-    """Copy groups of tensors and the plain values of a step.
+    """Copy groups of tensors and the plain values of a step; without `copy` no tensor is copied,
+    and none may change before the snapshot is written.
 
     MemoryError if there is no room for it; ValueError names what no checkpoint can hold.
     """
     try:
-        groups = {name: _copy_group(name, group) for name, group in tensors.items()}
+        groups = {name: _copy_group(name, group, copy=copy) for name, group in tensors.items()}
         return Snapshot(step=step, groups=groups, state=_encode_state(state))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -49,10 +50,10 @@ def take_snapshot(
         raise MemoryError("not enough memory to copy the state") from error
 
 
-def _copy_group(name: str, group: dict[str, Tensor]) -> HostTensors:
+def _copy_group(name: str, group: dict[str, Tensor], *, copy: bool) -> HostTensors:
     if not _GROUP.fullmatch(name):
         raise ValueError(f"tensor group {name!r} cannot be a file name")
-    return copy_to_host(group)
+    return copy_to_host(group, copy=copy)
 
 
 def _encode_state(state: dict[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from training.runtime.atomic_io import FileOps
+from training.runtime.memory_guard import is_out_of_memory
 
 ALIAS_PREFIX = "alias:"
 METADATA_KEY = "__metadata__"
@@ -44,7 +45,8 @@ _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 @dataclass(slots=True, kw_only=True)
 class HostTensors:
-    """A copy of named tensors in host memory, contiguous, each distinct memory once.
+    """Named tensors for a file, each distinct memory once: copies in host memory, contiguous, or
+    the tensors themselves, wherever they are.
 
     aliases: further names, each with the name in `tensors` whose values it has.
     """
@@ -57,8 +59,9 @@ class HostTensors:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def copy_to_host(tensors: Mapping[str, Tensor]) -> HostTensors:
-    """Copy, so that training may go on changing the originals.
+def copy_to_host(tensors: Mapping[str, Tensor], *, copy: bool = True) -> HostTensors:
+    """Copy, so that training may go on changing the originals; without `copy`, for who changes none
+    of them until they are written, take them as they are: that needs no memory.
 
     ValueError names a tensor that the format cannot hold (sparse, quantised, complex, meta).
     """
@@ -71,8 +74,10 @@ def copy_to_host(tensors: Mapping[str, Tensor]) -> HostTensors:
             host.aliases[name] = seen[memory]
             continue
         seen[memory] = name
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        host.tensors[name] = copy.copy_(tensor)
+        if copy:
+            own = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            tensor = own.copy_(tensor)
+        host.tensors[name] = tensor
     return host
 
 
@@ -112,7 +117,17 @@ def encode_tensors(host: HostTensors) -> Iterator[bytes | memoryview]:
     yield len(text).to_bytes(8, "little") + text
     for name in order:
         if host.tensors[name].numel():
-            yield host.tensors[name].reshape(-1).view(torch.uint8).numpy().data
+            yield _values(host.tensors[name])
+
+
+def _values(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; MemoryError without room for those that are not on the host yet."""
+    try:
+        return tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError("not enough memory to copy a tensor") from error
 
 
 def read_tensors(ops: FileOps, path: Path) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def obey(store: RankCheckpointStore, ops: DrivenOps, rank: int, order: list) -> 
         # The next copy finds no memory.
         take = rank_checkpoint.take_snapshot
 
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             rank_checkpoint.take_snapshot = take
             raise MemoryError("not enough memory")
 

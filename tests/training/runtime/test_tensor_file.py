@@ -104,6 +104,27 @@ def test_the_host_copy_does_not_follow_the_original() -> None:
     assert host.tensors["w"].tolist() == [1.0, 1.0, 1.0]
 
 
+def test_without_a_copy_the_file_is_the_same(tmp_path: Path, tensors) -> None:
+    tensors["turned"] = torch.arange(6.0).reshape(2, 3).T  # not contiguous
+    whole = b"".join(encode_tensors(copy_to_host(tensors)))
+    assert b"".join(encode_tensors(copy_to_host(tensors, copy=False))) == whole
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_no_room_for_what_is_on_a_device_is_short_memory(
+    monkeypatch: pytest.MonkeyPatch, short: bool
+) -> None:
+    words = "DefaultCPUAllocator: can't allocate memory" if short else "an illegal memory access"
+
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(words)
+
+    host = copy_to_host({"w": torch.ones(3)}, copy=False)
+    monkeypatch.setattr(torch.Tensor, "cpu", fail)
+    with pytest.raises(MemoryError if short else RuntimeError, match="memory"):
+        list(encode_tensors(host))
+
+
 def test_tied_names_take_space_once_and_come_back_tied(tmp_path: Path) -> None:
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     tied = {"embed": weight, "head": weight, "flat": weight.view(-1), "rows": weight[:10]}
