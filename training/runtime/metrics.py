@@ -177,22 +177,20 @@ class MetricsLog:
 
     def _write_orphan(self, rows: Iterable[bytes]) -> Path | None:
         """Where the rows are now; None when the disk is full."""
-        number = 1
-        while True:
-            path = self.path.with_name(f"{self.path.stem}.orphan-{number}{self.path.suffix}")
-            try:
-                write_file(self._ops, path, rows)
-                self._ops.sync_dir(path.parent)
-            except FileExistsError:
-                number += 1
-                continue
-            except OSError as error:
-                with suppress(OSError):
-                    self._ops.remove(path)
-                if error.errno not in DISK_FULL:
-                    raise
-                return None
-            return path
+        taken, number = self._ops.list_dir(self.path.parent), 1
+        while (name := f"{self.path.stem}.orphan-{number}{self.path.suffix}") in taken:
+            number += 1
+        path = self.path.with_name(name)
+        try:
+            write_file(self._ops, path, rows)
+            self._ops.sync_dir(path.parent)
+        except OSError as error:
+            with suppress(OSError):
+                self._ops.remove(path)
+            if error.errno not in DISK_FULL:
+                raise
+            return None
+        return path
 
 
 def write_status(path: Path, row: Mapping[str, Any], *, ops: FileOps | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -235,6 +236,26 @@ def test_on_a_full_disk_a_run_still_goes_back(
     log.append(make_row(3))
     log.close()
     assert read_steps(path) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOSPC, errno.EIO])
+def test_an_orphan_of_an_earlier_life_is_never_touched(ram_path: Path, number: int) -> None:
+    path, earlier = ram_path / "metrics.jsonl", ram_path / "metrics.orphan-1.jsonl"
+    earlier.write_bytes(b"mine\n")
+    failed = set()
+    for fail_at in range(30):
+        path.unlink(missing_ok=True)
+        offsets = write_rows(path, range(4))
+        ops = FailingOps(-1, OSError(number, os.strerror(number)))
+        log = MetricsLog(path, ops=ops)
+        ops.fail_at = len(ops.calls) + fail_at
+        with contextlib.suppress(OSError):
+            log.resume(offsets[1], last_step=None)
+        failed.add(ops.failed)
+        ops.fail_at = -1
+        log.close()
+        assert earlier.read_bytes() == b"mine\n"
+    assert {"create", "write", "fsync", "truncate"} <= failed
 
 
 def test_a_file_of_gigabytes_is_moved_in_pieces(
