@@ -77,7 +77,7 @@ def examine(config: SigmaConfig) -> list[Check]:
         check_memory,
     )
     if checks[-1].status != "fail":
-        checks += [check(config) for check in needs_torch]
+        checks += [_answer(check, config) for check in needs_torch]
     run_config = config.run
     return [
         *checks,
@@ -87,6 +87,20 @@ def examine(config: SigmaConfig) -> list[Check]:
         check_disk(config),
         check_assets(config),
     ]
+
+
+def _answer(check: Callable[[SigmaConfig], Check], config: SigmaConfig) -> Check:
+    """What a check finds; one that the device itself refuses has failed, and ends no other.
+
+    To be asked at all, a GPU needs room for a context, which a run that goes on may have taken.
+    """
+    try:
+        return check(config)
+    except RuntimeError as error:
+        name = check.__name__.removeprefix("check_")
+        found = f"cannot be told: {str(error).partition(chr(10))[0]}"
+        advice = "end other programs that use the GPU, or start the machine again"
+        return Check(name=name, status="fail", found=found, advice=advice)
 
 
 def check_python(version: tuple[int, int]) -> Check:

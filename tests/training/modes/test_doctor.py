@@ -177,3 +177,16 @@ def test_the_result_is_plain_lines_json_or_a_table(config, monkeypatch, capsys):
     assert "[bad]" in table and "mend it" in table
     monkeypatch.setattr(doctor, "examine", lambda given: found[:1])
     assert doctor.run(config("--json")) == 0
+
+
+def test_a_gpu_without_room_for_a_question_ends_no_other_check(config, monkeypatch):
+    """A run that goes on may hold all of its memory; its bug report asks for these checks, too."""
+
+    def check_memory(config):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(doctor, "check_memory", check_memory)
+    found = by_name(examine(config()))
+    assert found["memory"].status == "fail" and found["memory"].advice
+    assert found["memory"].found == "cannot be told: CUDA error: out of memory"
+    assert found["disk"].status == "ok" and len(found) == 14
