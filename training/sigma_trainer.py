@@ -303,10 +303,9 @@ class SigmaTrainer:
             self._save_last()
         if interrupted:
             anew = " without --no-resume" if self.config.run.no_resume else ""
-            display.message(
-                f"stopped at step {store.last_saved_step or 0}, saved; the same command{anew} "
-                "resumes exactly there"
-            )
+            saved = store.last_saved_step
+            told = f"at step {saved}, saved; the same command{anew} resumes exactly there"
+            display.message(f"stopped {told if saved is not None else 'before anything was saved'}")
             return
         self.services.audit.judge(self.features.idle_features())
         display.message(f"finished {self.step} steps; results in {self.output_dir}")
