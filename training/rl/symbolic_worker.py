@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -30,6 +31,7 @@ Compare = Callable[[str, str], bool]
 
 def serve(connection: Connection, engine: str) -> None:
     """Answer requests until the pipe closes; the first message says READY or why not."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C in the terminal is for the parent
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         _limit_memory()

@@ -8,6 +8,7 @@ breaks either, or dies, is replaced.
 
 import json
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class WorkerLost(Exception):
 
 def serve_pdf(connection: Connection, memory_bytes: int) -> None:
     """The child's loop: answer questions until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C in the terminal is for the parent
     _limit_process(memory_bytes)
     try:
         import pypdfium2

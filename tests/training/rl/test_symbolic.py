@@ -135,6 +135,20 @@ def test_a_worker_that_another_thread_has_reaped_is_replaced():
         worker.close()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_ctrl_c_in_the_terminal_leaves_the_worker_to_its_parent(capfd):
+    """It reaches every process there, and the parent finishes its step."""
+    worker = SymbolicWorker("sympy")
+    try:
+        assert worker.compare("x + x", "2*x", limit_s=60.0).reason == "passed"
+        first = worker.pid
+        os.kill(first, signal.SIGINT)
+        assert worker.compare("x + x", "2*x", limit_s=60.0).reason == "passed"
+        assert worker.pid == first and "KeyboardInterrupt" not in capfd.readouterr().err
+    finally:
+        worker.close()
+
+
 def test_an_unknown_engine_is_named():
     with pytest.raises(ValueError, match="sympy, math-verify"):
         SymbolicPool(num_workers=1, limit_s=1.0, engine="magic")

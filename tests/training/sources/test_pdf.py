@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -194,6 +196,18 @@ def test_a_child_that_cannot_be_replaced_is_trouble_of_the_machine(shelf):
     worker._serve = serve_pdf
     assert source.next_document().id == "shelf/a.pdf#0"
     source.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_ctrl_c_in_the_terminal_costs_no_page(shelf, opened, capfd):
+    """It reaches every process there, and the run finishes its step."""
+    worker = PdfWorker(timeout_s=20)
+    source = opened([shelf], worker=worker)
+    worker.ask({"open": str(shelf / "a.pdf")})
+    os.kill(worker._process.pid, signal.SIGINT)
+    assert source.next_document().id == "shelf/a.pdf#0"
+    assert not source.rejected and worker.num_started == 1
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
 
 
 def test_mistakes_are_one_clear_line_each(tmp_path):
