@@ -24,7 +24,7 @@ AT_THE_END = (*REPLAY, "--save-interval", "64")
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A 64-step run with every feature on that saved at each of its steps."""
+    """A 64-step run, with replay besides, that saved at each of its steps."""
     directory = tmp_path_factory.mktemp("uninterrupted") / "run"
     train(tiny_flags(directory, *EVERY_STEP))
     return directory
