@@ -32,7 +32,7 @@ WALL_CLOCK = (
 
 
 def tiny_flags(directory: Path, *more: str) -> list[str]:
-    """Flags of a run with experts, memory, average and curriculum, 64 steps of which take seconds."""
+    """Flags of a run of seconds with experts, memory, average and curriculum."""
     paths = ["--output-dir", str(directory), "--checkpoint-dir", str(directory / "checkpoints")]
     return [*TINY.split(), *paths, *more]
 
