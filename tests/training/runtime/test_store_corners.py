@@ -6,13 +6,11 @@ import errno
 import json
 import logging
 import os
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -204,51 +202,6 @@ def test_short_memory_says_how_much_is_needed(
     with pytest.raises(UnreadableCheckpoint, match="needs 3 MiB of memory that is not free"):
         store.load_newest()
     store.close()
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory")
-def test_memory_that_really_is_short_says_so_too(ram_path: Path) -> None:
-    """Room for the file as memory, and not for a copy of what is in it: torch says it its way."""
-    import resource
-
-    size = 64 * 2**20
-    store = open_store(ram_path)
-    store.save(1, {"model": {"weight": torch.zeros(size, dtype=torch.uint8)}}, {}, block=True)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    room = psutil.Process().memory_info().vms + size + size // 2
-    resource.setrlimit(resource.RLIMIT_AS, (room, limits[1]))
-    try:
-        with pytest.raises(UnreadableCheckpoint, match="needs 64 MiB of memory that is not free"):
-            store.load_newest()
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    found = store.load_newest()
-    assert found is not None and found.tensors["model"]["weight"].numel() == size
-    store.close()
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory")
-def test_a_save_that_is_waited_for_needs_no_memory(ram_path: Path) -> None:
-    """The last one of a run, above all of one that ends because memory is short."""
-    import resource
-
-    size = 64 * 2**20
-    weight = {"model": {"weight": torch.full((size,), 7, dtype=torch.uint8)}}
-    store = open_store(ram_path)
-    store.save(1, *example(1), block=True)  # the thread has its memory
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    room = psutil.Process().memory_info().vms + size // 2
-    resource.setrlimit(resource.RLIMIT_AS, (room, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match="not enough memory"):
-            store.save(2, weight, {})
-        store.save(2, weight, {}, block=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    found = store.load_newest()
-    store.close()
-    assert found is not None and found.step == 2
-    assert torch.equal(found.tensors["model"]["weight"], weight["model"]["weight"])
 
 
 def test_only_the_groups_that_are_asked_for_are_read(ram_path: Path) -> None:
