@@ -131,7 +131,7 @@ def collect(config: SigmaConfig) -> Iterator[tuple[str, str]]:
     if (output_dir / "metrics.jsonl").is_file():
         yield "metrics.jsonl", read_tail(output_dir / "metrics.jsonl")
     reports = [p for p in (output_dir / "errors").glob("*") if p.suffix in (".json", ".txt")]
-    for path in sorted(reports, key=lambda p: p.stat().st_mtime_ns)[-NEWEST_REPORTS:]:
+    for path in sorted(reports, key=_written_ns)[-NEWEST_REPORTS:]:
         yield f"errors/{path.name}", read_tail(path)
 
 
@@ -150,18 +150,35 @@ def read_tail(path: Path) -> str:
 
 
 def list_checkpoints(directory: Path) -> list[dict[str, object]]:
-    """Name, size in bytes and whether it is committed, for everything that stands there."""
+    """Name, size in bytes and whether it is committed, for everything that stands there.
+
+    Size None: it could not be read, or a run that goes on has just deleted it.
+    """
     if not directory.is_dir():
         return []
     found = []
     for path in sorted(directory.rglob("*")):
         if path.is_dir() and (path.name.startswith("checkpoint_step_")):
-            files = [file for file in path.iterdir() if file.is_file()]
             found.append(
                 {
                     "name": path.relative_to(directory).as_posix(),
-                    "num_bytes": sum(file.stat().st_size for file in files),
+                    "num_bytes": _num_bytes(path),
                     "committed": (path / MANIFEST_NAME).is_file(),
                 }
             )
     return found
+
+
+def _num_bytes(directory: Path) -> int | None:
+    try:
+        return sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
+    except OSError:
+        return None
+
+
+def _written_ns(path: Path) -> int:
+    """When a file was changed last; 0 if that cannot be told."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -8,6 +8,7 @@ import random
 import socket
 import string
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 import pytest
@@ -134,6 +135,28 @@ def test_a_directory_without_a_run_is_one_clear_line(
     assert train_sigma.main([*tiny_flags(tmp_path / "no"), "--mode", "support"]) == 2
     assert "--output-dir" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_what_cannot_be_read_costs_the_archive_nothing_else(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on deletes old checkpoints meanwhile, and a broken disk is reported, too."""
+    gone, listed = "checkpoint_step_00000001", Path.iterdir
+    broken = run_dir / "errors" / "hang_broken.txt"
+    broken.parent.mkdir(exist_ok=True)
+    broken.symlink_to(run_dir / "nowhere")
+
+    def list_if_there(path: Path) -> Iterator[Path]:
+        if path.name == gone:
+            raise FileNotFoundError(path)
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", list_if_there)
+    files = unpacked(run_dir)
+    broken.unlink()
+    sizes = {entry["name"]: entry["num_bytes"] for entry in json.loads(files["checkpoints.json"])}
+    assert sizes[gone] is None and sizes["checkpoint_step_00000002"] > 0
+    assert "could not be read" in files["errors/hang_broken.txt"] and "metrics.jsonl" in files
 
 
 def test_a_long_text_is_cut_at_a_line(tmp_path: Path) -> None:
