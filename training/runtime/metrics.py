@@ -140,11 +140,19 @@ class MetricsLog:
             window *= 4
         end = start + end if end is not None else 0
         if end < size:
-            _LOG.warning("%s ended in %d torn bytes, now cut", self.path, size - end)
-            self._truncate(end)
+            self._cut_torn(end, size)
         if not complete:
             write_all(self._ops, self._descriptor, _NEWLINE)
             self._offset += 1
+
+    def _cut_torn(self, end: int, size: int) -> None:
+        # A row is torn in one line. Several lines of text are somebody else's file: they are kept.
+        head = self._read(end, min(size, end + TAIL_BYTES))
+        foreign = head.count(_NEWLINE) > 1 and _is_text(head[: head.rfind(_NEWLINE)])
+        orphan = self._write_orphan(self._parts(end, size)) if foreign else None
+        kept = f"kept in {orphan.name}" if orphan else "now cut"
+        _LOG.warning("%s ended in %d bytes that are no row, %s", self.path, size - end, kept)
+        self._truncate(end)
 
     def _row_start(self, end: int) -> int:
         """Where the row begins whose bytes, or the first of them, end at `end`."""
@@ -244,3 +252,10 @@ def _step_of(line: bytes) -> int:
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return 0
     return step if isinstance(step, int) else 0
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        return "\0" not in data.decode()
+    except UnicodeDecodeError:
+        return False

@@ -319,3 +319,15 @@ def test_a_status_that_cannot_be_written_leaves_the_old_one(ram_path: Path) -> N
         assert json.loads(path.read_bytes()) == {"step": 1}
     assert write_status(path, {"step": 3, "loss": math.nan})
     assert json.loads(path.read_bytes()) == {"step": 3, "loss": None}
+
+
+@pytest.mark.parametrize("rows", [range(0), range(4)])
+def test_lines_that_somebody_else_wrote_are_set_aside(ram_path: Path, rows: range) -> None:
+    path = ram_path / "metrics.jsonl"
+    write_rows(path, rows)
+    foreign = b"epoch,loss\n" + b"1,2.5\n" * 40_000
+    with path.open("ab") as file:
+        file.write(foreign)
+    MetricsLog(path).close()
+    assert read_steps(path) == [*rows]
+    assert path.with_name("metrics.orphan-1.jsonl").read_bytes() == foreign
