@@ -14,7 +14,7 @@ RESIDUAL_LAYOUTS = ("standard", "two-stream")
 DISPATCH_MODES = ("legacy", "packed", "grouped")
 GATE_PRECISIONS = ("bf16", "int8")
 LAYER_KINDS = ("mamba", "attention")
-UNFLAGGED = ("head_dim", "layers")
+SHOWN_WHERE_USED = ("head_dim", "layers", "engram_canonical")
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -94,6 +94,7 @@ class SigmaModelConfig:
     engram_buckets: int = 3072
     engram_dim: int = 112
     engram_layers: tuple[int, ...] = (1,)
+    engram_canonical: bool = False  # `merge_canonical_ids` by who knows the tokens
 
     head_dim: int = 0
     layers: tuple[LayerShape, ...] = ()
@@ -235,13 +236,13 @@ class SigmaModelConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values; tuples become lists. What no flag sets is there only where it is used:
-        checkpoints without it keep their dictionary."""
+        """JSON-able values; tuples become lists. What earlier checkpoints know nothing
+        of is there only where it is used."""
         values = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
         }
-        return {key: value for key, value in values.items() if key not in UNFLAGGED or value}
+        return {key: value for key, value in values.items() if key not in SHOWN_WHERE_USED or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SigmaModelConfig:

@@ -1,7 +1,8 @@
 """Engram: a trained memory of hashed n-grams, read at a few layers and gated by the hidden state.
 
-Each n-gram of canonical token ids that ends at the current token (which may be part of the key: it
-is known when the next one is predicted) is hashed into one row of several tables. Every head of
+Each n-gram of token ids that ends at the current token (which may be part of the key: it is known
+when the next one is predicted; with --engram-canonical tokens that differ in case, accents or
+spacing alone are one) is hashed into one row of several tables. Every head of
 every order and layer has its own prime number of rows: with one shared modulus, two n-grams that
 collide in one head would collide in all. The rows become a key, which decides with the hidden
 state how far the gate opens, and a value, which is smoothed by a short causal convolution and
@@ -280,6 +281,13 @@ def canonical_token_map(decoded_pieces: Sequence[str]) -> Tensor:
         form = _canonical_form(piece)
         mapped.append(token if form is None else first.setdefault(form, token))
     return torch.tensor(mapped, dtype=torch.int64)
+
+
+def merge_canonical_ids(model: nn.Module, decoded_pieces: Sequence[str]) -> None:
+    """Let the memories in `model` take tokens that read the same for one: `canonical_token_map`."""
+    for module in model.modules():
+        if isinstance(module, Engram):
+            module.canonical_ids.copy_(canonical_token_map(decoded_pieces))
 
 
 def _canonical_form(piece: str) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from evolution.genome import Genome, Mutation, forward_flops
 from evolution.morphs import grow_average, grow_moments, grow_weights, part_copies, plan_morph
 from model.bitlinear import ternarize
 from model.config import SigmaModelConfig
+from model.engram import merge_canonical_ids
 from model.sigma_llm import SigmaLLM
 from training.config.sections import OptimConfig
 from training.ema import WeightAverage
@@ -44,7 +45,10 @@ DENSE_BYTES = 2  # of what is not ternary, in bf16; a scale as well
 
 @dataclass(slots=True, kw_only=True)
 class NurserySettings:
-    """steps: of the optimizer, counted per candidate; average_decay: None keeps no average."""
+    """steps: of the optimizer, counted per candidate; average_decay: None keeps no average.
+
+    pieces: text of every token, for --engram-canonical.
+    """
 
     base: SigmaModelConfig
     optim: OptimConfig
@@ -55,6 +59,7 @@ class NurserySettings:
     average_decay: float | None = None
     kernel_backend: str = "torch"
     scan_blocks: tuple[int, int] = (0, 0)
+    pieces: Sequence[str] = ()
 
     @property
     def tokens_per_step(self) -> int:
@@ -228,6 +233,8 @@ class ModelNursery:
     def _build(self, genome: Genome) -> SigmaLLM:
         model = SigmaLLM(genome.network(self.base), seed=self._settings.seed)
         own = self._settings
+        if model.config.engram_canonical:
+            merge_canonical_ids(model, own.pieces)
         model.use_kernels(own.kernel_backend, scan_blocks=own.scan_blocks)
         return model
 

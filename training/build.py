@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.engram import merge_canonical_ids
 from model.generation import generate
 from model.opaque import compile_model
 from model.sigma_llm import SigmaLLM
@@ -118,6 +119,8 @@ def build_policy(config: SigmaConfig) -> RunPolicy:
 def build_model(config: SigmaConfig, tokenizer: Tokenizer, device: torch.device) -> SigmaLLM:
     """Initial weights of --seed on the device; INSTANT is applied but keeps everything exactly."""
     model = SigmaLLM(config.model_config(tokenizer.vocab_size), seed=config.run.seed)
+    if model.config.engram_canonical:
+        merge_canonical_ids(model, tokenizer.pieces())
     own = config.precision
     model.use_kernels(own.kernel_backend, scan_blocks=own.scan_blocks())
     apply_instant(model)  # keeps everything, until the feature says otherwise

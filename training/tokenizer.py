@@ -142,6 +142,10 @@ class Tokenizer:
         """Readable text: what is not UTF-8 is shown as the replacement character."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def pieces(self) -> list[str]:
+        """The text of every token, by id; with the replacement character where it is no UTF-8."""
+        return [self.decode([token]) for token in range(self.vocab_size)]
+
     def to_json(self) -> str:
         """What a tokenizer.json of these tokens holds."""
         return self._fast.to_str()

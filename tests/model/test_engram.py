@@ -16,6 +16,7 @@ from model.engram import (
     EngramState,
     canonical_token_map,
     hash_multipliers,
+    merge_canonical_ids,
     nearest_primes,
 )
 from model.sequence import SequenceContext
@@ -229,7 +230,7 @@ def test_canonical_map_merges_what_reads_the_same():
     mapped = canonical_token_map(pieces).tolist()
     assert mapped == [0, 0, 0, 0, 4, 5, 6, 7, 7, 9, 9, 11]
     engram = make_engram(vocab_size=len(pieces))
-    engram.canonical_ids.copy_(canonical_token_map(pieces))
+    merge_canonical_ids(torch.nn.Sequential(engram), pieces)
     hidden = torch.randn(1, 3, 32)
     first, _ = run(engram, hidden, torch.tensor([[0, 4, 9]]))
     second, _ = run(engram, hidden, torch.tensor([[3, 4, 10]]))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import train_sigma
 from evolution.genome import Genome, Letter, Mutation
+from model.engram import canonical_token_map
 from model.sigma_llm import SigmaLLM
 from tests.training.small_corpus import TOKENIZER, SmallCorpus
 from training.arch_nursery import ModelNursery, NurserySettings, packed_bytes
@@ -36,8 +37,8 @@ TINY = (
 CORPUS = tokenize_corpus(SmallCorpus(num_documents=120), TOKENIZER)
 
 
-def make_nursery(**changes) -> ModelNursery:
-    config = parse_args([*TINY, *(f"--{name}={value}" for name, value in changes.items())])
+def make_nursery(*more: str, **changes) -> ModelNursery:
+    config = parse_args([*TINY, *more, *(f"--{name}={value}" for name, value in changes.items())])
     rest, held_out = hold_out(CORPUS, num_tokens=64)
     batches = probe_batches(held_out, CORPUS, batch_size=2, num_batches=2, seq_len=16)
     settings = NurserySettings(
@@ -48,6 +49,7 @@ def make_nursery(**changes) -> ModelNursery:
         batch_size=2,
         grad_accum_steps=1,
         average_decay=0.5,
+        pieces=TOKENIZER.pieces(),
     )
     stream = TokenStream(rest, seed=1, batch_size=2, seq_len=16)
     return ModelNursery(settings, stream=stream, probe=Probe(batches, device=CPU), device=CPU)
@@ -131,6 +133,15 @@ class _NoSearch:
 
     def state_dict(self):
         return {}
+
+
+def test_candidates_read_the_same_n_grams_as_the_run_will():
+    nursery = make_nursery("--engram-enabled", "--engram-canonical", "--engram-buckets=31")
+    genome = Genome(scales=(Letter(kind="mamba"), Letter(kind="attention")))
+    nursery.found(0, genome)
+    ids = nursery.state_dict()["0"]["weights"]["blocks.0.engram.canonical_ids"]
+    assert torch.equal(ids, canonical_token_map(TOKENIZER.pieces()))
+    assert not torch.equal(ids, torch.arange(TOKENIZER.vocab_size))
 
 
 def test_packed_bytes_are_those_of_the_weights():

@@ -146,6 +146,9 @@ class ModelConfig:
     engram_layers: tuple[int, ...] = flag(
         (1,), "Blocks that read the memory, counted from 0.", minimum=0
     )
+    engram_canonical: bool = flag(
+        False, "One n-gram key for tokens that differ in case, accents or spacing alone."
+    )
 
 
 SOAP_MAX_SIDE = 2048  # a longer side of a matrix gets no basis

@@ -110,6 +110,7 @@ def open_nursery(config: SigmaConfig, device: torch.device) -> ModelNursery:
         average_decay=config.ema.decay if config.ema.enabled else None,
         kernel_backend=config.precision.kernel_backend,
         scan_blocks=config.precision.scan_blocks(),
+        pieces=tokenizer.pieces(),
     )
     stream = TokenStream(
         corpus,

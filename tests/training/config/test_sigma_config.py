@@ -92,7 +92,7 @@ ADDED = {
     "--fractal-genome", "--self-evolve-shuffled", "--self-improver-shuffled", "--uroboros-placebo",
     "--causal-replay-shuffled", "--hydra-tasks", "--hydra-placebo", "--cuda-graphs",
     "--ttt-enabled", "--ttt-chunk-tokens", "--ttt-epochs", "--ttt-lr", "--ttt-momentum",
-    "--ttt-grad-clip", "--ttt-scope",
+    "--ttt-grad-clip", "--ttt-scope", "--engram-canonical",
 }  # fmt: skip
 
 
