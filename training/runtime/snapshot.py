@@ -34,7 +34,7 @@ class Snapshot:
 
 
 def take_snapshot(
-    step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], *, copy: bool = True
+    step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], *, copy: bool
 ) -> Snapshot:
     """Copy groups of tensors and the plain values of a step; without `copy` no tensor is copied,
     and none may change before the snapshot is written.
