@@ -277,3 +277,17 @@ def test_folders_of_other_names_are_left_alone(ram_path: Path) -> None:
     save_steps(ram_path, 1)
     assert (ram_path / "mine" / "model.safetensors").exists() and (ram_path / "empty").is_dir()
     assert (ram_path / "checkpoint_step_00000008").is_file()
+
+
+def test_what_is_no_want_of_memory_is_not_called_one(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the library is broken")
+
+    save_steps(ram_path, 1)
+    store = open_store(ram_path)
+    monkeypatch.setattr("training.runtime.restore.read_tensors", broken)
+    with pytest.raises(RuntimeError, match="^the library is broken$"):
+        store.load_newest()
+    store.close()
