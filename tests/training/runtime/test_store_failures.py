@@ -288,6 +288,6 @@ def test_what_is_no_want_of_memory_is_not_called_one(
     save_steps(ram_path, 1)
     store = open_store(ram_path)
     monkeypatch.setattr("training.runtime.restore.read_tensors", broken)
-    with pytest.raises(RuntimeError, match="^the library is broken$"):
+    with pytest.raises(RuntimeError, match=r"^the library is broken$"):
         store.load_newest()
     store.close()
