@@ -285,9 +285,10 @@ def canonical_token_map(decoded_pieces: Sequence[str]) -> Tensor:
 
 def merge_canonical_ids(model: nn.Module, decoded_pieces: Sequence[str]) -> None:
     """Let the memories in `model` take tokens that read the same for one: `canonical_token_map`."""
+    ids = canonical_token_map(decoded_pieces)
     for module in model.modules():
         if isinstance(module, Engram):
-            module.canonical_ids.copy_(canonical_token_map(decoded_pieces))
+            module.canonical_ids.copy_(ids)
 
 
 def _canonical_form(piece: str) -> str | None:

@@ -103,7 +103,7 @@ def source_texts(name: str) -> tuple[list[str], str]:
 
 def noise_words(tokenizer: Tokenizer) -> list[str]:
     """Words that are one token each, so that nothing within a word is left to learn."""
-    pieces = (tokenizer.decode([number]) for number in range(tokenizer.vocab_size))
+    pieces = tokenizer.pieces()
     return [piece[1:] for piece in pieces if re.fullmatch(" [a-z]{3,}", piece)][:NOISE_WORDS]
 
 

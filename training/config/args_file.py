@@ -148,6 +148,6 @@ def _mend_of_missing(path: Path) -> str:
 
 def _files(folder: Path) -> list[Path]:
     try:
-        return sorted(folder.iterdir())
+        return sorted(file for file in folder.iterdir() if file.is_file())
     except OSError:
         return []

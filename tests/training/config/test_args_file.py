@@ -116,6 +116,7 @@ def test_plain_values_are_written_plainly():
         ("quickstart", "; did you mean {folder}quickstart.txt?"),
         ("aktivation.txt", "; did you mean {folder}profiles/activation.txt?"),
         ("zz", "; check the path"),
+        ("profile", "; check the path"),
         ("no/zz.txt", ", nor a folder {folder}no; check the path"),
     ],
 )
